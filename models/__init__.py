@@ -1,0 +1,1 @@
+"""Hugging Face models whose token mixing is a plain PyTorch recurrence."""
