@@ -1,0 +1,39 @@
+# Everything here works on a machine with nothing but Python 3.11 or newer, its pip, and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/train_bytes.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+# `kernels`, `passes` and `models` are imported from inside `fla_compile`: mypy is shown them there.
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	rm -rf build/types && mkdir -p build/types/fla_compile
+	ln -s $(addprefix $(CURDIR)/,$(wildcard fla_compile/*) kernels passes models) build/types/fla_compile/
+	$(BIN)/mypy -p fla_compile
+	$(BIN)/mypy examples/*.py benchmarks/*.py
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/cpu_demo.py all
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/kernels.py; fi
+
+# Torch goes first, by its exact version: a looser request, of ours or of a dependency, may bring another build.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep -x 'torch==.*' constraints.txt)"
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[test,train]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

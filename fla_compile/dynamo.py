@@ -1,0 +1,199 @@
+"""The one module that touches Dynamo's private parts; written against torch 2.11 to 2.13.
+
+Three hooks, all inert unless the backend of the current compilation is ours:
+* the function given to `torch.compile` is called through a small wrapper, so that it is inlined like any other;
+* when Dynamo inlines a function that has time loops, it traces the function's twin (see passes/lift_loops.py) instead;
+* where a lifted loop cannot be kept, Dynamo starts the frame again with that loop as the user wrote it.
+
+If torch has moved what these hooks hang on, `install` says so once and compilation goes on without lifting.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch._guards import CompileContext, TracingContext
+
+from fla_compile.options import Options
+from fla_compile.passes.lift_loops import LoopSite, lift_loops
+from fla_compile.passes.loop_runtime import not_liftable
+from fla_compile.passes.normalise import short_source
+from fla_compile.passes.records import Refusal
+
+log = logging.getLogger("fla_compile")
+Site = tuple[str, int]  # file name and line of a `for`
+
+
+@dataclass
+class Trace:
+    """What lifting did in the trace that leads to the current graph."""
+
+    lifted: dict[Site, LoopSite] = field(default_factory=dict)
+    refusals: dict[Refusal, None] = field(default_factory=dict)
+
+
+# Loops not to lift, by compilation: what one compilation refuses another one, of other shapes, may take.
+_left: dict[Any, dict[Site, Refusal]] = {}
+_installed: bool | None = None
+
+
+def backend_options(compiler_fn: Any) -> Options | None:
+    """The options of our backend if it is at the bottom of `compiler_fn`, else None."""
+    given: Any = None
+    for _ in range(10):
+        if getattr(compiler_fn, "is_fla_backend", False):
+            return getattr(compiler_fn, "options", None) or Options.parse(given)
+        if isinstance(compiler_fn, functools.partial):
+            given = compiler_fn.keywords.get("options", given)
+            compiler_fn = compiler_fn.func
+        elif hasattr(compiler_fn, "_torchdynamo_orig_backend"):
+            compiler_fn = compiler_fn._torchdynamo_orig_backend
+        elif hasattr(compiler_fn, "compiler_fn"):
+            given = getattr(compiler_fn, "kwargs", {}).get("options", given)
+            compiler_fn = compiler_fn.compiler_fn
+        else:
+            return None
+    return None
+
+
+def current_trace() -> Trace:
+    """The record of the trace whose graph is being compiled."""
+    context = TracingContext.try_get()
+    return _trace_of(context) if context is not None else Trace()
+
+
+def _trace_of(context: Any) -> Trace:
+    if not hasattr(context, "fla_trace"):
+        context.fla_trace = Trace()
+    return context.fla_trace
+
+
+def _left_here() -> dict[Site, Refusal]:
+    key = CompileContext.current_compile_id()
+    if key not in _left:
+        _left.clear()
+        _left[key] = {}
+    return _left[key]
+
+
+def leave_loops(refusals: dict[Site, Refusal]) -> BaseException:
+    """The exception that makes Dynamo trace this frame again with these loops unlifted."""
+    from torch._dynamo import exc
+
+    class TraceAgain(exc.UnspecializeRestartAnalysis, exc.TensorifyScalarRestartAnalysis):
+        """The first base clears Dynamo's speculations, the second is let through when a backend raises it."""
+
+    _left_here().update(refusals)
+    return TraceAgain(restart_reason="fla_compile leaves a loop as it is written")
+
+
+def _own_frame(fn: Callable) -> Callable:
+    """A wrapper with a code object of its own: Dynamo keeps compiled code, and its limits, by code object."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=getattr(fn, "__name__", type(fn).__name__))
+    if isinstance(fn, FunctionType):
+        call = functools.wraps(fn)(call)
+    return call
+
+
+def _inline_twin(original: Callable, parent: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch._dynamo import exc
+    from torch._dynamo.variables.functions import UserFunctionVariable
+
+    fn = getattr(func, "fn", None)
+    if not isinstance(func, UserFunctionVariable) or not isinstance(fn, FunctionType):
+        return original(parent, func, *args, **kwargs)
+    if (fn.__module__ or "").split(".")[0] in ("torch", "fla_compile", "einops"):
+        return original(parent, func, *args, **kwargs)
+    options = backend_options(parent.output.compiler_fn)
+    if options is None or not options.runs("lift"):
+        return original(parent, func, *args, **kwargs)
+    left = _left_here()
+    lifted = lift_loops(fn, skip=frozenset(left))
+    trace = _trace_of(parent.output.tracing_context)
+    first, last = fn.__code__.co_firstlineno, max((line or 0 for *_, line in fn.__code__.co_lines()), default=0)
+    mine = [r for (name, line), r in left.items() if name == fn.__code__.co_filename and first <= line <= last]
+    trace.refusals.update(dict.fromkeys((*lifted.refusals, *mine)))
+    if lifted.twin is None:
+        return original(parent, func, *args, **kwargs)
+    trace.lifted.update({(site.filename, site.line): site for site in lifted.loops})
+    func.fn = lifted.twin
+    try:
+        return original(parent, func, *args, **kwargs)
+    except (exc.RestartAnalysis, exc.SkipFrame):
+        raise
+    except Exception as error:
+        raise leave_loops(_why_not(error, lifted.loops)) from error
+    finally:
+        func.fn = fn
+
+
+def _why_not(error: Exception, loops: tuple[LoopSite, ...]) -> dict[Site, Refusal]:
+    """Which of a function's loops Dynamo could not trace as a scan, and why."""
+    told = not_liftable(error)
+    if told is not None:
+        reason, detail, where = told
+        mine = [s for s in loops if f"{s.filename}:{s.line}" == where]
+    else:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason, detail, mine = "not_captured", (lines[0] if lines else type(error).__name__)[:200], []
+    return {
+        (s.filename, s.line): Refusal("recurrence", reason, detail, short_source((s.filename, s.line)))
+        for s in (mine or loops)
+    }
+
+
+def install() -> bool:
+    """Hook into Dynamo, once; False (after a warning) where this torch does not have what the hooks need."""
+    global _installed
+    if _installed is None:
+        try:
+            _hook()
+            _installed = True
+        except (ImportError, AttributeError) as error:
+            log.warning("time loops are not lifted: torch %s has no %s", torch.__version__, error)
+            _installed = False
+    return _installed
+
+
+def _hook() -> None:
+    from torch._dynamo import exc
+    from torch._dynamo.eval_frame import _TorchDynamoContext, innermost_backend
+    from torch._dynamo.symbolic_convert import InliningInstructionTranslator
+
+    assert issubclass(exc.TensorifyScalarRestartAnalysis, exc.RestartAnalysis)
+    assert issubclass(exc.UnspecializeRestartAnalysis, exc.RestartAnalysis)
+    inline = InliningInstructionTranslator.__dict__["inline_call"].__func__
+    decorate = _TorchDynamoContext.__call__
+
+    @functools.wraps(inline)
+    def inline_call(cls: Any, parent: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return _inline_twin(functools.partial(inline, cls), parent, func, *args, **kwargs)
+
+    @functools.wraps(decorate)
+    def call(self: Any, fn: Any) -> Any:
+        options = backend_options(innermost_backend(self.callback)) if self.callback else None
+        if options is not None and options.runs("lift"):
+            if getattr(fn, "__name__", "") == "_wrapped_call_impl" and isinstance(fn.__self__, torch.nn.Module):
+                fn = _own_frame(fn.__self__)
+            elif callable(fn) and not isinstance(fn, torch.nn.Module | type):
+                fn = _own_frame(fn)
+        return decorate(self, fn)
+
+    InliningInstructionTranslator.inline_call = classmethod(inline_call)  # type: ignore[assignment]
+    _TorchDynamoContext.__call__ = call  # type: ignore[method-assign]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Run real tensors inside a backend: Dynamo's fake tensors and tracing state are put aside."""
+    with torch._guards.tracing(None), torch.utils._python_dispatch._disable_current_modes():
+        yield

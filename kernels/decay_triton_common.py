@@ -1,0 +1,292 @@
+"""Pieces that the forward and the backward of the decayed outer product share.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
+
+Device side: masked tile loads, decays in log space, the sweep over chunks that leaves the state at the start of each,
+and the scores of a chunk under a decay over keys. Host side: what a launch needs to know, checked once.
+
+Decays are never exponentiated on their own. With c_t the sum of g over a chunk up to row t, the kernels use only
+exp(c_t), exp(c_last - c_t) and exp(c_i - c_j) with i >= j; all exponents are <= 0 when g <= 0. Such differences are
+summed over just the rows between, or (one decay per row) from two sums that subtract exactly, so that a decay of -100
+earlier in the chunk costs the later rows no digits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fla_compile.kernels.decay_configs import Config, configs_for
+
+NO_DECAY = tl.constexpr(0)
+CONSTANT_DECAY = tl.constexpr(1)
+ROW_DECAY = tl.constexpr(2)
+KEY_DECAY = tl.constexpr(3)
+KINDS = {"none": 0, "constant": 1, "scalar": 2, "vector": 3}
+
+SUB = tl.constexpr(16)
+# exp(-104) is 0 in fp32, so a larger drop in one step changes nothing; this also keeps -inf out of the sums.
+LOWEST = tl.constexpr(-104.0)
+# Sums of up to 128 multiples of 2^-10 no lower than -104 are exact in fp32.
+GRID_STEPS = tl.constexpr(1024.0)
+
+
+@triton.jit
+def load_rows(p_x, o_row, o_col, m_row, WIDTH: tl.constexpr):
+    """A tile [rows, columns] of an array whose rows hold WIDTH numbers; o_row counts rows."""
+    m_x = m_row[:, None] & (o_col < WIDTH)[None, :]
+    return tl.load(p_x + (o_row * WIDTH)[:, None] + o_col[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def load_columns(p_x, o_row, o_col, m_row, WIDTH: tl.constexpr):
+    """The same tile transposed, [columns, rows], by its addresses: no computed operand is ever transposed."""
+    m_x = m_row[None, :] & (o_col < WIDTH)[:, None]
+    return tl.load(p_x + (o_row * WIDTH)[None, :] + o_col[:, None], mask=m_x, other=0.0)
+
+
+@triton.jit
+def store_rows(p_x, b_x, o_row, o_col, m_row, WIDTH: tl.constexpr):
+    m_x = m_row[:, None] & (o_col < WIDTH)[None, :]
+    tl.store(p_x + (o_row * WIDTH)[:, None] + o_col[None, :], b_x.to(p_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def as_decay(b_g):
+    b_g = b_g.to(tl.float32)
+    return tl.where(b_g < LOWEST, LOWEST, b_g)
+
+
+@triton.jit
+def row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY: tl.constexpr, EXACT: tl.constexpr):
+    """Running sums [C] of one decay per row, as a coarse and a fine part, and the two totals.
+
+    The coarse part lies on a grid where sums and differences are exact; the fine part is below 2^-11 a row. Operands
+    narrower than float32 round more than a plain sum loses: for them (EXACT false) the fine part is zero.
+    """
+    if DECAY == CONSTANT_DECAY:
+        b_g = tl.where(m_c, as_decay(tl.load(p_g + i_h)), 0.0)
+    else:
+        b_g = as_decay(tl.load(p_g + i_row + o_c * H, mask=m_c, other=0.0))
+    if EXACT:
+        b_coarse = tl.floor(b_g * GRID_STEPS + 0.5) / GRID_STEPS
+        b_fine = b_g - b_coarse
+        return tl.cumsum(b_coarse, 0), tl.cumsum(b_fine, 0), tl.sum(b_coarse, 0), tl.sum(b_fine, 0)
+    else:
+        b_zero = tl.zeros_like(b_g)
+        return tl.cumsum(b_g, 0), b_zero, tl.sum(b_g, 0), tl.sum(b_zero, 0)
+
+
+@triton.jit
+def chunk_state_kernel(
+    p_k, p_v, p_g, p_h0, p_h, p_ht, T, H,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, HAS_H0: tl.constexpr, STORE_HT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program per (b, h, K block, V block) walks the chunks; p_h [B*H, chunks, K, V] gets the state before each."""
+    NK: tl.constexpr = tl.cdiv(K, BK)
+    NV: tl.constexpr = tl.cdiv(V, BV)
+    i_p = tl.program_id(0)
+    i_v = i_p % NV
+    i_k = (i_p // NV) % NK
+    i_bh = i_p // (NV * NK)
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = i_bh % H
+    n_t = tl.cdiv(T, C)
+    o_c = tl.arange(0, C)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    p_h += i_bh.to(tl.int64) * n_t * (K * V)
+
+    b_s = tl.zeros((BK, BV), tl.float32)
+    if HAS_H0:
+        b_s += load_rows(p_h0 + i_bh.to(tl.int64) * (K * V), o_k, o_v, m_k, V).to(tl.float32)
+    for i_t in range(n_t):
+        store_rows(p_h, b_s, o_k, o_v, m_k, V)
+        p_h += K * V
+        t_0 = i_t * C
+        i_row = (i_b * T + t_0) * H + i_h
+        m_c = t_0 + o_c < T
+        b_kt = load_columns(p_k + i_row * K, o_c * H, o_k, m_c, K)
+        b_v = load_rows(p_v + i_row * V, o_c * H, o_v, m_c, V)
+        if DECAY == KEY_DECAY:
+            p_gt = p_g + i_row * K
+            m_next = (o_c + 1 < C) & (t_0 + o_c + 1 < T)
+            b_next = as_decay(load_columns(p_gt, (o_c + 1) * H, o_k, m_next, K))
+            b_first = as_decay(tl.load(p_gt + o_k, mask=m_k, other=0.0))
+            b_kt = (b_kt * tl.exp(tl.cumsum(b_next, 1, reverse=True))).to(b_v.dtype)
+            b_s *= tl.exp(tl.sum(b_next, 1) + b_first)[:, None]
+        elif DECAY != NO_DECAY:
+            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_v.dtype == tl.float32)
+            b_v = (b_v * tl.exp((s_hi - b_hi) + (s_lo - b_lo))[:, None]).to(b_v.dtype)
+            b_s *= tl.exp(s_hi + s_lo)
+        b_s = tl.dot(b_kt, b_v, b_s, input_precision=PRECISION)
+    if STORE_HT:
+        store_rows(p_ht + i_bh.to(tl.int64) * (K * V), b_s, o_k, o_v, m_k, V)
+
+
+@triton.jit
+def chunk_key_scores_kernel(
+    p_q, p_k, p_g, p_a, T, H,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A_ij = sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i in a chunk; 16 rows a program; p_a is [B, T, H, C].
+
+    Columns before the 16 rows are one product, both factors taken relative to the first of these rows; inside the
+    16 x 16 block the exponents are summed column by column, going back from the diagonal.
+    """
+    NS: tl.constexpr = C // SUB
+    NK: tl.constexpr = tl.cdiv(K, BK)
+    i_p = tl.program_id(0)
+    i_s = i_p % NS
+    n_t = tl.cdiv(T, C)
+    i_t = (i_p // NS) % n_t
+    i_bh = i_p // (NS * n_t)
+    i_h = i_bh % H
+    t_0 = i_t * C
+    r_0 = i_s * SUB
+    i_row = ((i_bh // H).to(tl.int64) * T + t_0) * H + i_h
+    o_r = r_0 + tl.arange(0, SUB)
+    o_c = tl.arange(0, C)
+    m_r = t_0 + o_r < T
+    m_c = o_c < r_0
+    b_a = tl.zeros((SUB, C), tl.float32)
+    if t_0 + r_0 < T:
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            p_kr = p_k + i_row * K
+            p_gr = p_g + i_row * K
+            b_q = load_rows(p_q + i_row * K, o_r * H, o_k, m_r, K)
+            b_g = as_decay(load_rows(p_gr, o_r * H, o_k, m_r, K))
+            b_kt = load_columns(p_kr, o_c * H, o_k, m_c, K)
+            b_next = as_decay(load_columns(p_gr, (o_c + 1) * H, o_k, o_c + 1 < r_0, K))
+            b_kt = (b_kt * tl.exp(tl.cumsum(b_next, 1, reverse=True))).to(b_q.dtype)
+            b_qd = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_q.dtype)
+            b_a = tl.dot(b_qd, b_kt, b_a, input_precision=PRECISION)
+
+            b_e = tl.zeros((SUB, BK), tl.float32)
+            b_q = b_q.to(tl.float32)
+            for i_c in range(SUB):
+                j = r_0 + SUB - 1 - i_c
+                m_j = m_k & (t_0 + j < T)
+                b_kj = tl.load(p_kr + j * H * K + o_k, mask=m_j, other=0.0).to(tl.float32)
+                b_aj = tl.sum(b_q * b_kj[None, :] * tl.exp(b_e), 1)
+                b_a += tl.where((o_c == j)[None, :] & (o_r >= j)[:, None], b_aj[:, None], 0.0)
+                b_gj = as_decay(tl.load(p_gr + j * H * K + o_k, mask=m_j, other=0.0))
+                b_e += tl.where((o_r >= j)[:, None], b_gj[None, :], 0.0)
+    store_rows(p_a + i_row * C, b_a, o_r * H, o_c, m_r, C)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launchers derive from the arguments once."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    kind: str
+    config: Config
+    block_k: int
+    block_v: int
+    precision: str
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.T, self.config.chunk)
+
+    @property
+    def key_blocks(self) -> int:
+        return triton.cdiv(self.K, self.block_k)
+
+    @property
+    def value_blocks(self) -> int:
+        return triton.cdiv(self.V, self.block_v)
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+
+
+def pad_block(size: int, largest: int) -> int:
+    """The tile side for `size` columns: a power of two, at least the 16 that a matrix product needs."""
+    return min(largest, max(16, triton.next_power_of_2(size)))
+
+
+def plan_launch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, config: Config | None
+) -> Launch:
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}")
+        if x.shape[:3] != q.shape[:3]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}, q has {tuple(q.shape)}")
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    if not (1 <= K <= 256 and 1 <= V <= 256):
+        raise ValueError(f"K and V must be between 1 and 256, got {K} and {V}")
+    shapes = {"none": None, "constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
+    shape = None if g is None else tuple(g.shape)
+    dims = {None: "none", 1: "constant", 3: "scalar", 4: "vector"}
+    kind = dims.get(None if g is None else g.dim())
+    if kind is None or shape != shapes[kind]:
+        raise ValueError(f"g has shape {shape}; expected {(H,)}, {(B, T, H)} or {(B, T, H, K)}")
+    if config is None:
+        config = configs_for(device_arch(q.device), kind, q.element_size(), max(K, V), shared_limit(q.device))[0]
+    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return Launch(
+        B, T, H, K, V, kind, config,
+        pad_block(K, config.block_k), pad_block(V, config.block_v), "tf32" if tf32 else "ieee",
+    )  # fmt: skip
+
+
+def device_arch(device: torch.device) -> int:
+    """Compute capability as 80, 89, 90, ...; 90 where the interpreter stands in for a device."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def shared_limit(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def launch_states(
+    plan: Launch, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, h0: torch.Tensor | None, *, final: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States before each chunk [B*H, chunks, K, V] in k's dtype, and, if asked for, the last one in float32."""
+    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
+    h = torch.empty(B * H, plan.chunks, K, V, dtype=k.dtype, device=k.device)
+    ht = torch.empty(B, H, K, V, dtype=torch.float32, device=k.device) if final else None
+    chunk_state_kernel[(B * H * plan.key_blocks * plan.value_blocks,)](
+        k, v, g, h0, h, ht, T, H,
+        K=K, V=V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[plan.kind],
+        HAS_H0=h0 is not None, STORE_HT=final, PRECISION=plan.precision, **plan.options,
+    )  # fmt: skip
+    return h, ht
+
+
+def launch_key_scores(plan: Launch, q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Scores [B, T, H, C] of each row with the rows of its chunk, in q's dtype."""
+    C = plan.config.chunk
+    a = torch.empty(plan.B, plan.T, plan.H, C, dtype=q.dtype, device=q.device)
+    chunk_key_scores_kernel[(plan.B * plan.H * plan.chunks * (C // SUB.value),)](
+        q, k, g, a, plan.T, plan.H,
+        K=plan.K, C=C, BK=plan.block_k, PRECISION=plan.precision, **plan.options,
+    )  # fmt: skip
+    return a

@@ -1,0 +1,175 @@
+"""Find the time loops of a graph and run each as a kernel.
+
+Before: `scan(body, states, reads, invariants)` nodes, from lifted loops or written by the user.
+After: for each loop that is a recurrence of a known family, the nodes of `lower_recurrence` in its place.
+Refused: everything that `normalise`, `classify` or `validate` refuses, with the reason and the user's line; the graph
+then keeps its scan, and the caller decides what becomes of it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fla_compile.passes.classify import Plan, classify
+from fla_compile.passes.log_decay import VIEWS, Log, constant_value, emit, log_of, log_of_outer, op_name, root_of
+from fla_compile.passes.lower_recurrence import Lowered, Lowering
+from fla_compile.passes.normalise import Step, normalise, short_source, source_of
+from fla_compile.passes.records import Refusal, Refused, Rewrite
+from fla_compile.passes.validate import Claim, validate
+
+ZEROS = {"zeros", "zeros_like", "new_zeros"}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan node taken apart; `zero_init` says which states are known to start at zero."""
+
+    node: fx.Node
+    body: fx.GraphModule
+    init: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+    invariants: tuple[Any, ...]
+    zero_init: tuple[bool, ...]
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        return (*self.init, *self.reads, *self.invariants)
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        return source_of(self.node)
+
+
+@dataclass
+class Found:
+    """What the pass did: rewrites, and refusals beside the scan that each of them leaves in the graph."""
+
+    rewrites: list[Rewrite] = field(default_factory=list)
+    refusals: list[tuple[Refusal, Scan]] = field(default_factory=list)
+    validation_seconds: float = 0.0
+
+
+def scans(gm: fx.GraphModule) -> list[Scan]:
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
+        body, init, reads, invariants = node.args[:4]
+        zero = tuple(op_name(root_of(n)) in ZEROS and not _written(root_of(n)) for n in init)
+        found.append(Scan(node, getattr(gm, body.target), tuple(init), tuple(reads), tuple(invariants), zero))
+    return found
+
+
+def _written(node: fx.Node) -> bool:
+    """Could the tensor that `node` creates be changed before the loop? Only plain reads of it are known not to."""
+    todo = [node]
+    while todo:
+        for user in todo.pop().users:
+            name = op_name(user)
+            if user.target is torch.ops.higher_order.scan:
+                continue
+            if name.endswith("_") or name in ("setitem",) or name.startswith("i") and user.op == "call_function":
+                return True
+            todo.append(user)
+    return False
+
+
+def prover(step: Step, scan: Scan) -> tuple[Callable[[fx.Node], Log | None], dict[int, Log]]:
+    """How `classify` asks for the log of a decay; proofs found outside the loop are noted by operand."""
+    operands = [*step.carries, *step.reads, *step.invariants]
+    outer: dict[int, Log] = {}
+
+    def prove(node: fx.Node) -> Log | None:
+        if node not in operands:
+            return log_of(node, lambda _: None)
+        index = operands.index(node)
+        source = scan.operands[index]
+        log = log_of_outer(source) if isinstance(source, fx.Node) else None
+        if log is not None:
+            outer[index] = log
+            return Log("outer", (index,), log.proof)
+        return None
+
+    return prove, outer
+
+
+def recognise(scan: Scan) -> tuple[Step, Plan, dict[int, Log]]:
+    step = normalise(scan.body, len(scan.init), len(scan.reads))
+    prove, outer = prover(step, scan)
+    return step, classify(step, prove), outer
+
+
+def check(scan: Scan, lowered: Lowered, outer: dict[int, Log]) -> None:
+    fakes = [node.meta["example_value"] for node in scan.body.graph.find_nodes(op="placeholder")]
+    fixed = {}
+    for index in lowered.logs:
+        value = constant_value(scan.operands[index])
+        if value is not None:
+            fixed[index] = value
+    validate(
+        Claim(
+            scan.body, lowered.module, fakes, len(scan.init), len(scan.reads), lowered.logs, fixed, scan.zero_init
+        )
+    )
+
+
+def splice(gm: fx.GraphModule, scan: Scan, lowered: Lowered, outer: dict[int, Log]) -> int:
+    """Put the module's nodes in place of the scan; returns how many there are."""
+    graph, inner = gm.graph, lowered.module.graph
+    known = set(graph.nodes)
+    with graph.inserting_before(scan.node):
+        values = [*scan.operands, *(emit(outer[index], graph) for index in lowered.logs)]
+        env = dict(zip(inner.find_nodes(op="placeholder"), values, strict=True))
+        for name, child in lowered.module.named_children():
+            target = f"{name}_of_{scan.node.name}"
+            gm.add_module(target, child)
+            for node in inner.find_nodes(op="call_module", target=name):
+                node.target = target
+        results = graph.graph_copy(inner, env)
+    for user in list(scan.node.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    body = scan.node.args[0]
+    graph.erase_node(scan.node)
+    if not body.users:
+        graph.erase_node(body)
+        delattr(gm, body.target)
+    for node in reversed(list(graph.nodes)):
+        # Only nodes known to be pure: Dynamo's graphs hold in-place methods that nothing reads.
+        if not node.users and (node not in known or op_name(node) in VIEWS | ZEROS):
+            if node.op.startswith("call_"):
+                graph.erase_node(node)
+    fresh = [node for node in graph.nodes if node not in known]
+    for node in fresh:
+        node.meta.setdefault("stack_trace", scan.node.meta.get("stack_trace"))
+    return len(fresh)
+
+
+def match_recurrences(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, validated: bool = True, kernel: Callable[[Step, Plan], str]
+) -> Found:
+    """Rewrite every recognised scan of `gm`, in place; `kernel` names the kernel of a plan or raises `Refused`."""
+    found = Found()
+    for scan in scans(gm):
+        source = short_source(scan.place)
+        try:
+            step, plan, outer = recognise(scan)
+            name = kernel(step, plan)
+            lowered = Lowering(step, plan, scan.zero_init, sorted(outer)).module()
+            if validated:
+                start = time.perf_counter()
+                check(scan, lowered, outer)
+                found.validation_seconds += time.perf_counter() - start
+        except Refused as refused:
+            found.refusals.append((refused.record("recurrence", source), scan))
+            continue
+        before = 1 + len(scan.body.graph.nodes)
+        after = splice(gm, scan, lowered, outer)
+        equation = "; ".join(dict.fromkeys(r.equation for r in plan.recurrences))
+        found.rewrites.append(Rewrite("recurrence", plan.families, equation, name, source, before, after))
+    if found.rewrites:
+        gm.graph.lint()
+        gm.recompile()
+    return found
