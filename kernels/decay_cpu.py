@@ -361,8 +361,8 @@ def _chunk_size(T: int) -> int:
 
 def _slabs(B: int, H: int, elements: int) -> Iterator[tuple[tuple[slice, slice, slice], tuple[slice, slice]]]:
     """Indices into [B, T, H, ...] and [B, H, ...], for about SLAB elements at a time."""
-    b = max(1, SLAB // (elements * H))
-    h = H if b > 1 else max(1, min(H, SLAB // elements))
+    b = max(1, SLAB // max(1, elements * H))
+    h = H if b > 1 else max(1, min(H, SLAB // max(1, elements)))
     for i in range(0, B, b):
         for j in range(0, H, h):
             rows, heads = slice(i, i + b), slice(j, j + h)

@@ -163,7 +163,7 @@ def linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal linear attention, S_t = S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, without feature map or normaliser.
+    """Causal linear attention without normaliser, S_t = S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t.
 
     q, k [B, T, H, K]; v [B, T, H, V]; initial_state [B, H, K, V]; scale K^-0.5 if None. Returns o [B, T, H, V] in v's
     dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError

@@ -20,30 +20,26 @@ Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:
 import torch
 import triton
 import triton.language as tl
-
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_triton_bwd import chunk_backward
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     KINDS,
     NO_DECAY,
-    Launch,
     as_decay,
     launch_key_scores,
     launch_states,
     load_columns,
     load_rows,
-    multiprocessors,
-    pad_block,
     plan_launch,
     row_decay,
     store_rows,
 )
 
-__all__ = ["chunk_backward", "chunk_forward", "prefers_fused"]
+__all__ = ["chunk_backward", "chunk_forward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_fused_kernel(
     p_q, p_k, p_v, p_g, p_a, p_h0, p_o, p_ht, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -102,7 +98,7 @@ def chunk_fused_kernel(
     store_rows(p_ht + i_bh.to(tl.int64) * (K * V), b_s, o_k, o_v, m_k, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_output_kernel(
     p_q, p_k, p_v, p_g, p_a, p_h, p_o, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -144,18 +140,13 @@ def chunk_output_kernel(
     else:
         m_a = o_c[:, None] >= o_c[None, :]
         if DECAY != NO_DECAY:
-            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_v.dtype == tl.float32)
+            b_hi, b_lo, _, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_v.dtype == tl.float32)
             b_d = (b_hi[:, None] - b_hi[None, :]) + (b_lo[:, None] - b_lo[None, :])
             b_a *= tl.exp(tl.where(m_a, b_d, 0.0))
             b_o *= tl.exp(b_hi + b_lo)[:, None]
         b_w = tl.where(m_a, b_a, 0.0).to(b_v.dtype)
     b_o = tl.dot(b_w, b_v, b_o, input_precision=PRECISION)
     store_rows(p_o + i_row * V, b_o * scale, o_c * H, o_v, m_c, V)
-
-
-def prefers_fused(programs: int, sms: int, chunks: int) -> bool:
-    """Fused once its programs fill the device, or when there is too little time to split."""
-    return programs >= sms or chunks <= 2
 
 
 def chunk_forward(
@@ -173,48 +164,27 @@ def chunk_forward(
 
     `config` and `fused` override the tables' choice. Raises ValueError for dtypes, sizes or shapes that do not fit.
     """
-    plan = plan_launch(q, k, v, g, config)
+    plan = plan_launch(q, k, v, g, config, fused)
     o = torch.empty(plan.B, plan.T, plan.H, plan.V, dtype=q.dtype, device=q.device)
     if plan.B * plan.H == 0:
         return o, torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
-    offered = plan.config.fused_v > 0 and plan.K <= plan.config.fused_k
-    if fused is None:
-        programs = plan.B * plan.H * triton.cdiv(plan.V, max(1, plan.config.fused_v))
-        fused = offered and prefers_fused(programs, multiprocessors(q.device), plan.chunks)
-    elif fused and not offered:
-        raise ValueError(f"fused launch is not offered for K={plan.K} with {plan.config}")
+    meta = dict(
+        K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
+        DECAY=KINDS[plan.kind], PRECISION=plan.precision, **plan.options,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
         a = launch_key_scores(plan, q, k, g) if plan.kind == "vector" else None
-        if fused:
-            return o, launch_fused(plan, q, k, v, g, a, h0, o, scale)
+        if plan.fused:
+            ht = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
+            chunk_fused_kernel[(plan.B * plan.H * plan.value_blocks,)](
+                q, k, v, g, a, h0, o, ht, scale, plan.T, plan.H, HAS_H0=h0 is not None, **meta
+            )
+            return o, ht
         h, ht = launch_states(plan, k, v, g, h0, final=True)
         chunk_output_kernel[(plan.B * plan.H * plan.chunks * plan.value_blocks,)](
-            q, k, v, g, a, h, o, scale, plan.T, plan.H,
-            K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
-            DECAY=KINDS[plan.kind], PRECISION=plan.precision, **plan.options,
-        )  # fmt: skip
+            q, k, v, g, a, h, o, scale, plan.T, plan.H, **meta
+        )
         return o, ht
-
-
-def launch_fused(
-    plan: Launch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    a: torch.Tensor | None,
-    h0: torch.Tensor | None,
-    o: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    block_v = pad_block(plan.V, plan.config.fused_v)
-    ht = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
-    chunk_fused_kernel[(plan.B * plan.H * triton.cdiv(plan.V, block_v),)](
-        q, k, v, g, a, h0, o, ht, scale, plan.T, plan.H,
-        K=plan.K, V=plan.V, C=plan.config.chunk, BK=pad_block(plan.K, plan.config.fused_k), BV=block_v,
-        DECAY=KINDS[plan.kind], HAS_H0=h0 is not None, PRECISION=plan.precision, **plan.options,
-    )  # fmt: skip
-    return ht

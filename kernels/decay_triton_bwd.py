@@ -24,7 +24,6 @@ relative to the first of these rows, against the rows after them relative to the
 import torch
 import triton
 import triton.language as tl
-
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
@@ -43,7 +42,7 @@ from fla_compile.kernels.decay_triton_common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_state_grad_kernel(
     p_q, p_do, p_g, p_dht, p_dh, p_dh0, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -89,7 +88,7 @@ def chunk_state_grad_kernel(
         store_rows(p_dh0 + i_bh.to(tl.int64) * (K * V), b_d, o_k, o_v, m_k, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_value_grad_kernel(
     p_q, p_k, p_g, p_a, p_do, p_dh, p_dv, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -141,7 +140,7 @@ def chunk_value_grad_kernel(
     store_rows(p_dv + i_row * V, b_dv, o_c * H, o_v, m_c, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "s_dg"])
 def chunk_query_key_grad_kernel(
     p_q, p_k, p_v, p_g, p_do, p_h, p_dh, p_dq, p_dk, p_dg, scale, T, H, s_dg,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -240,7 +239,7 @@ def chunk_query_key_grad_kernel(
     store_rows(p_dq + i_row * K, b_dq, o_c * H, o_k, m_c, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_value_scores_kernel(
     p_do, p_v, p_p, T, H,
     V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -265,7 +264,7 @@ def chunk_value_scores_kernel(
     store_rows(p_p + i_row * C, b_p, o_c * H, o_c, m_c, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_key_grad_kernel(
     p_q, p_k, p_g, p_p, p_dqs, p_dks, p_dgs, p_dq, p_dk, p_dg, scale, T, H,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -362,7 +361,7 @@ def chunk_backward(
 
     `config` overrides the table's choice. Raises ValueError for dtypes, sizes or shapes that do not fit.
     """
-    plan = plan_launch(q, k, v, g, config)
+    plan = plan_launch(q, k, v, g, config, False)
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.to(q.dtype).contiguous()
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
@@ -383,9 +382,7 @@ def chunk_backward(
             HAS_DHT=dht is not None, STORE_DH0=dh0 is not None, **blocks, **meta,
         )  # fmt: skip
         a = launch_key_scores(plan, q, k, g) if plan.kind == "vector" else None
-        chunk_value_grad_kernel[(per_chunk * plan.value_blocks,)](
-            q, k, g, a, do, dh, dv, scale, T, H, **blocks, **meta
-        )
+        chunk_value_grad_kernel[(per_chunk * plan.value_blocks,)](q, k, g, a, do, dh, dv, scale, T, H, **blocks, **meta)
         if plan.kind == "vector":
             return dq, dk, dv, launch_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale), dh0
         shares = None if g is None else torch.empty(plan.key_blocks, B, T, H, dtype=torch.float32, device=q.device)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-
 from fla_compile.kernels.decay_configs import Config, configs_for
 
 NO_DECAY = tl.constexpr(0)
@@ -78,7 +77,7 @@ def row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY: tl.constexpr, EXACT: tl.const
         return tl.cumsum(b_g, 0), b_zero, tl.sum(b_g, 0), tl.sum(b_zero, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_state_kernel(
     p_k, p_v, p_g, p_h0, p_h, p_ht, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -127,7 +126,7 @@ def chunk_state_kernel(
         store_rows(p_ht + i_bh.to(tl.int64) * (K * V), b_s, o_k, o_v, m_k, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def chunk_key_scores_kernel(
     p_q, p_k, p_g, p_a, T, H,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -190,6 +189,7 @@ class Launch:
     K: int
     V: int
     kind: str
+    fused: bool
     config: Config
     block_k: int
     block_v: int
@@ -218,8 +218,14 @@ def pad_block(size: int, largest: int) -> int:
 
 
 def plan_launch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, config: Config | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    config: Config | None,
+    fused: bool | None,
 ) -> Launch:
+    """Checks the arguments and fills in what `config` and `fused` leave open; fused is False for a backward."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -240,12 +246,33 @@ def plan_launch(
     if kind is None or shape != shapes[kind]:
         raise ValueError(f"g has shape {shape}; expected {(H,)}, {(B, T, H)} or {(B, T, H, K)}")
     if config is None:
-        config = configs_for(device_arch(q.device), kind, q.element_size(), max(K, V), shared_limit(q.device))[0]
+        fused, config = choose_config(q, kind, B * H, T, K, V, fused)
+    elif fused is None:
+        raise ValueError("config is given, fused is not")
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return Launch(
-        B, T, H, K, V, kind, config,
+        B, T, H, K, V, kind, fused, config,
         pad_block(K, config.block_k), pad_block(V, config.block_v), "tf32" if tf32 else "ieee",
     )  # fmt: skip
+
+
+def choose_config(
+    q: torch.Tensor, kind: str, heads: int, T: int, K: int, V: int, fused: bool | None
+) -> tuple[bool, Config]:
+    """Fused once its programs fill the device, or when time is too short to split; where it is offered at all."""
+    args = kind, q.element_size(), max(K, V), shared_limit(q.device)
+    arch = device_arch(q.device)
+    if fused is not False:
+        for config in configs_for(arch, "fused", *args):
+            programs = heads * triton.cdiv(V, config.block_v)
+            if fused or programs >= multiprocessors(q.device) or T <= 2 * config.chunk:
+                return True, config
+    if fused:
+        raise ValueError(f"no fused launch for {q.dtype}, K={K}, V={V}")
+    configs = configs_for(arch, "split", *args)
+    if not configs:
+        raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
+    return False, configs[0]
 
 
 def device_arch(device: torch.device) -> int:
@@ -287,6 +314,6 @@ def launch_key_scores(plan: Launch, q: torch.Tensor, k: torch.Tensor, g: torch.T
     a = torch.empty(plan.B, plan.T, plan.H, C, dtype=q.dtype, device=q.device)
     chunk_key_scores_kernel[(plan.B * plan.H * plan.chunks * (C // SUB.value),)](
         q, k, g, a, plan.T, plan.H,
-        K=plan.K, C=C, BK=plan.block_k, PRECISION=plan.precision, **plan.options,
+        K=plan.K, C=C, BK=min(plan.block_k, 32), PRECISION=plan.precision, **plan.options,
     )  # fmt: skip
     return a

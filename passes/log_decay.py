@@ -1,8 +1,12 @@
 """Is a decay known to be positive, and what is its logarithm?
 
-A decay may live in log space only when the program itself proves that it is positive: `exp(x)`, `sigmoid(x)`,
+A decay may live in log space when the program itself proves that it is positive: `exp(x)`, `sigmoid(x)`,
 `1 - sigmoid(x)`, powers, products and views of these, or a constant whose values were looked at. `log_of` decides and
 answers with a small expression; `emit` writes that expression into a graph. Deciding never changes a graph.
+
+A decay of unknown sign that needs no gradient (a buffer, any decay in inference) goes as `magnitude`: the log of its
+absolute value, zero included, while its signs are multiplied into q and k (see lower_recurrence.py). With a gradient
+this would be wrong at zero, so there it is refused.
 """
 
 import math
@@ -22,6 +26,7 @@ VIEWS = {
 CASTS = {"to", "float", "double", "_to_copy", "type_as"}
 CREATION = {"arange", "tensor", "as_tensor", "full", "ones", "linspace", "logspace", "zeros", "scalar_tensor"}
 MAX_CONSTANT = 1 << 16
+LOG_ZERO = -1e4  # exp of it is 0 in every type, and sums of it stay finite
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,9 @@ def emit(log: Log, graph: fx.Graph) -> fx.Node | float:
         return graph.call_function(torch.nn.functional.logsigmoid, (graph.call_function(torch.neg, (args[0],)),))
     if log.op == "log":
         return graph.call_function(torch.log, (args[0],))
+    if log.op == "magnitude":
+        size = graph.call_function(torch.log, (graph.call_function(torch.abs, (args[0],)),))
+        return graph.call_function(torch.clamp, (size,), {"min": LOG_ZERO})
     if log.op == "scale":
         return graph.call_function(operator.mul, (emit(args[0], graph), args[1]))
     if log.op in ("add", "subtract"):

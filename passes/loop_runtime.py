@@ -107,6 +107,23 @@ def _check_item(item: Any, states: list[torch.Tensor], site: str) -> None:
             _fail("aliased_state", "the loop appends a view of a state that it updates in place", site)
 
 
+def _check_overlap(changed: tuple, used: tuple, site: str) -> None:
+    """Refuse a change in place of what the loop also uses under another name.
+
+    Of two arguments that share memory Dynamo tells only some: the same tensor always, a view not under every guard.
+    """
+    for i, o in enumerate(changed):
+        if not isinstance(o, torch.Tensor):
+            continue
+        for x in (*used, *changed[i + 1 :]):
+            if isinstance(x, torch.Tensor) and _owner(x) is _owner(o):
+                _fail("mutates_input", "the loop changes a tensor in place that it also uses by another name", site)
+
+
+def _owner(x: torch.Tensor) -> torch.Tensor:
+    return x if x._base is None else x._base
+
+
 def _own(carries: tuple, in_place: tuple[bool, ...]) -> tuple:
     """Clone the carries that the body updates in place; a scan may not change its inputs."""
     own = []
@@ -149,30 +166,34 @@ def run_loop(
     names: tuple[str, ...],
     in_place: tuple[bool, ...],
     optional: tuple[bool, ...],
+    slots: tuple[int, ...],
     targets: tuple,
-    n_writes: int,
+    changed: tuple,
+    others: tuple,
     n_lists: int,
     site: str,
 ) -> tuple[tuple, tuple, tuple]:
     """Run `body(carries, reads_t) -> (carries, writes, lists)` for every step as one `scan`.
 
-    `reads` are pairs (tensor, time axis); an `optional` one may be None; `targets` are tensors that the loop writes. A
-    carry may start as a Python number: the first step, run once on the side, tells its shape. Returns the final carries
-    and, time first, the stacked writes and list items; with no steps, the initial carries, `None` for each write and an
-    empty tuple for each list.
+    `reads` are pairs (tensor, time axis); an `optional` one may be None, and those at `slots` are of tensors that the
+    loop writes, all of which are `targets`. Targets and carries that may have another name are `changed`; `others` is
+    what the body uses besides reads and these. A carry may start as a Python number: the first step, run once on the
+    side, tells its shape. Returns the final carries and, time first, the stacked writes and list items; with no steps,
+    the initial carries, `None` for each write and an empty tuple for each list.
 
     Raises NotLiftable.
     """
     if stop - start <= 0:
-        return carries, (None,) * n_writes, ((),) * n_lists
+        return carries, (None,) * len(targets), ((),) * n_lists
+    for o in targets:
+        if not isinstance(o, torch.Tensor):
+            _fail("not_a_tensor", f"the loop stores its steps in a {type(o).__name__}", site)
     kept, present = [], []
     for (x, axis), may_be_absent in zip(reads, optional, strict=True):
         present.append(not (may_be_absent and x is None))
         if present[-1]:
             kept.append(time_first(x, axis, start, stop, site))
-        for target in targets:
-            if x is target:
-                _fail("reads_own_output", "the loop writes to a tensor that it also reads", site)
+    _check_overlap(changed, (*[x for i, (x, _) in enumerate(reads) if i not in slots], *others), site)
     xs, here = tuple(kept), tuple(present)
     init = _initial(carries, names, site)
 

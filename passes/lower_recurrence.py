@@ -235,6 +235,40 @@ class Lowering:
         assert total is not None
         return self.full(total, roles, self.labels_of([factor for factor, _ in r.decay]))
 
+    def signs(self, r: Recurrence, dtype: torch.dtype) -> fx.Node | None:
+        """Where the sign of the decay is unknown: the product of its signs up to each step, [B?,T,H?,K?] of +1 and -1.
+
+        With P_t that product, S_t = P_t * S'_t where S' decays by |a|; so q and k are multiplied by P, and a zero
+        counts as positive because its magnitude ends all that came before.
+        """
+        order = [*r.batch, TIME, *r.heads, *r.keys]
+        total: fx.Node | None = None
+        for factor, log in r.decay:
+            if log.op != "magnitude":
+                continue
+            node = self.step.atoms[factor.atom].node
+            part = self.laid_out(self.node[node], factor.axes, node in self.step.timed, order)
+            part = self.call(torch.where, self.call(operator.lt, part, 0), -1.0, 1.0)
+            if node not in self.step.timed:
+                shape = [self.length if label == TIME else -1 for label in order]
+                part = self.graph.call_method("expand", (part, *shape))
+            total = part if total is None else self.call(torch.mul, total, part)
+        if total is None:
+            return None
+        return self.cast(self.call(torch.cumprod, total, len(r.batch)), None, dtype)
+
+    def merged(self, tensor: fx.Node, roles: Sequence[Labels]) -> fx.Node:
+        """Each role's axes, which may be of size 1, merged into one axis."""
+        for i, role in enumerate(roles):
+            if not role:
+                tensor = self.call(torch.unsqueeze, tensor, i)
+            elif len(role) > 1:
+                sizes = [self.size(label) for label in role]
+                expanded = [-1] * i + sizes + [-1] * sum(len(later) for later in roles[i + 1 :])
+                tensor = self.graph.call_method("expand", (tensor, *expanded))
+                tensor = self.call(torch.flatten, tensor, i, i + len(role) - 1)
+        return tensor
+
     def log_tensor(self, factor: Factor) -> fx.Node:
         node = self.step.atoms[factor.atom].node
         return self.log_node[node] if node in self.log_node else self.node[self.log_nodes[node]]
@@ -285,6 +319,10 @@ class Lowering:
             self.cast(self.operand(r, factors, axis), self.factor_dtype(r, factors), dtype)
             for factors, axis in ((r.q, r.keys), (r.k, r.keys), (r.v, r.values))
         )
+        signs = self.signs(r, dtype)
+        if signs is not None:
+            signs = self.merged(signs, (r.batch, (TIME,), r.heads, r.keys))
+            q, k = self.call(torch.mul, q, signs), self.call(torch.mul, k, signs)
         if r.write_coef != 1.0:
             v = self.call(torch.mul, v, r.write_coef)
         state_roles = (r.batch, r.heads, r.keys, r.values)
@@ -296,7 +334,11 @@ class Lowering:
         op = getattr(torch.ops.fla_compile, r.family).default
         call = self.call(op, q, k, v, self.log_decay(r, wide), initial, r.scale)
         if r.carry not in final:
-            state = self.restored(self.call(operator.getitem, call, 1), state_roles, r.state_dims, timed=False)
+            state = self.call(operator.getitem, call, 1)
+            if signs is not None:
+                last = self.call(torch.unsqueeze, self.call(torch.select, signs, 1, -1), -1)
+                state = self.call(torch.mul, state, last)
+            state = self.restored(state, state_roles, r.state_dims, timed=False)
             final[r.carry] = self.cast(state, wide, self.state_dtype(r))
         if r.read is not None:
             read_roles = (r.batch, (TIME,), r.heads, r.values)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fla_compile.passes.classify import Plan, classify
-from fla_compile.passes.log_decay import VIEWS, Log, constant_value, emit, log_of, log_of_outer, op_name, root_of
+from fla_compile.passes.log_decay import VIEWS, Log, constant_value, emit, log_of, log_of_outer, mutated_roots, op_name, root_of
 from fla_compile.passes.lower_recurrence import Lowered, Lowering
 from fla_compile.passes.normalise import Step, normalise, short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
@@ -90,12 +90,34 @@ def prover(step: Step, scan: Scan) -> tuple[Callable[[fx.Node], Log | None], dic
         if log is not None:
             outer[index] = log
             return Log("outer", (index,), log.proof)
+        value = source.meta.get("example_value") if isinstance(source, fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and not value.requires_grad:
+            return Log("magnitude", (node,), "measured")
         return None
 
     return prove, outer
 
 
+def check_memory(scan: Scan) -> None:
+    """Refuse a loop one of whose operands shares memory with another argument that the program writes to.
+
+    The lifted loop reads all of its operands before anything is written; the loop as written may see its own writes.
+    """
+    written = {_memory(root) for root in mutated_roots(scan.node.graph) if root.op == "placeholder"} - {None}
+    roots = {root_of(n) for n in (*scan.init, *scan.reads) if isinstance(n, fx.Node)}
+    others = [r for r in scan.node.graph.find_nodes(op="placeholder") if r not in roots and _memory(r) in written]
+    for root in roots:
+        if root.op == "placeholder" and any(_memory(other) == _memory(root) for other in others):
+            raise Refused("mutates_input", "the program writes to memory that the loop reads under another name")
+
+
+def _memory(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
 def recognise(scan: Scan) -> tuple[Step, Plan, dict[int, Log]]:
+    check_memory(scan)
     step = normalise(scan.body, len(scan.init), len(scan.reads))
     prove, outer = prover(step, scan)
     return step, classify(step, prove), outer

@@ -1,0 +1,322 @@
+"""The Triton kernels of the decayed outer product: interpreted, compiled ahead of time, and on a GPU.
+
+Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pytest starts it in a process of its own,
+since Triton decides at import whether it interprets.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton has no build for this system")
+
+from budget import check_budget  # noqa: E402
+from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
+from fla_compile.kernels import decay_triton, decay_triton_bwd, decay_triton_common  # noqa: E402
+from fla_compile.kernels.decay_configs import KINDS, TABLE, Config, all_configs, configs_for  # noqa: E402
+
+SCALE = 0.3
+KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True))
+POINTERS = {2: "*bf16", 4: "*fp32"}
+WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs"}
+# Relative rms error a narrow kernel may have whatever the narrow loop does: four roundings of its operands, and for
+# dg, a difference of such sums, sixteen.
+CAP = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12}
+# Below this a narrow product underflows (float16 keeps 2^-24), and an error relative to it says nothing.
+SMALLEST = {torch.bfloat16: 1e-30, torch.float16: 1e-5}
+
+
+def run_kernels(x, config, fused):
+    """All results by name, with every allocation the launchers make filled with NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+    torch.empty = lambda *a, **kw: empty(*a, **kw).fill_(torch.nan)
+    torch.empty_like = lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan)
+    try:
+        o, final = decay_triton.chunk_forward(x.q, x.k, x.v, x.g, x.h0, SCALE, config=config, fused=fused)
+        grads = ()
+        if not fused:
+            grads = decay_triton.chunk_backward(x.q, x.k, x.v, x.g, x.h0, SCALE, x.do, x.dht, config=config)
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+    return {n: y for n, y in zip(NAMES, (o, final, *grads), strict=False) if y is not None}
+
+
+def narrow_results(case, x, dtype):
+    """The loop as torch runs it when everything in it has the narrow dtype, the state too."""
+    leaves = [None if y is None else y.to(dtype).detach().requires_grad_() for y in (x.q, x.k, x.v, x.g, x.h0)]
+    q, k, v, g, S = leaves
+    a = None if g is None else g.exp().expand(q.shape[:3]) if case.family == "retention" else g.exp()
+    o = []
+    for t in range(case.T):
+        if a is not None:
+            S = S * a[:, t].reshape(case.B, case.H, -1, 1)
+        S = S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        o.append(SCALE * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+    o = torch.stack(o, 1)
+    wanted = [y for y in leaves if y is not None]
+    grads = iter(torch.autograd.grad([o, S], wanted, [x.do.to(dtype), x.dht.to(dtype)]))
+    found = [o.detach(), S.detach(), *(None if y is None else next(grads) for y in leaves)]
+    return {n: y for n, y in zip(NAMES, found, strict=True) if y is not None}
+
+
+def check_results(case, x, got, dtype, truth=None, eager=None):
+    """Holds every result to the budget; returns the relative rms errors by name."""
+    truth = truth or naive_results(case, x, torch.float64)
+    eager = eager or (naive_results if dtype == torch.float32 else narrow_results)(case, x, dtype)
+    errors = {}
+    for name, y in got.items():
+        kind = "forward" if name in ("o", "final_state") else "backward"
+        check_budget(f"{case} {name}", y, truth[name], eager[name].to(y.dtype), kind)
+        size = truth[name].double().square().mean().sqrt().item()
+        error = (y.double() - truth[name]).square().mean().sqrt().item()
+        errors[name] = error / max(size, SMALLEST.get(dtype, 1e-30))
+        if dtype != torch.float32:
+            cap = CAP[dtype] * (4 if name == "dg" else 1)
+            # One gate a head sums B * T terms of both signs: what cancels there, the narrow loop's error measures.
+            assert errors[name] <= cap or case.family == "retention", f"{case} {name}: {errors[name]:.1e} > {cap:.1e}"
+    return errors
+
+
+# ---- interpreted
+
+
+def interpret() -> None:
+    """Small shapes with several blocks of keys, values and time, both launches, float32 and float16."""
+    small, larger = Config(16, 16, 16, 4, 1, 0), Config(32, 32, 32, 4, 1, 0)
+    cases = [Case(f, 37, "strong", B=1, H=2, K=20, V=24) for f in FAMILIES]
+    cases += [Case(f, 1, "weak", B=2, H=1, K=16, V=8) for f in FAMILIES]
+    cases += [Case(f, 33, d, B=1, H=1, K=8, V=16) for f in FAMILIES[1:] for d in ("very_strong", "resets", "growing")]
+    for dtype in (torch.float32, torch.float16):
+        for case in cases if dtype == torch.float32 else cases[: 2 * len(FAMILIES)]:
+            x = make_inputs(case, dtype)
+            truth = naive_results(case, x, torch.float64)
+            for config in (small, larger) if case.T == 37 else (larger,):
+                check_results(case, x, run_kernels(x, config, False), dtype, truth)
+            check_results(case, x, run_kernels(x, Config(32, 32, 16, 4, 1, 0), True), dtype, truth)
+            print("ok", dtype, case)
+
+
+def test_interpreted():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(path)
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("ok ") == 4 * len(FAMILIES) + 9
+
+
+# ---- the table
+
+
+def test_every_size_has_a_split_row():
+    for arch in (80, 86, 89, 90, 100, 103, 120):
+        for kind in KINDS:
+            for nbytes in (2, 4):
+                for size in (1, 64, 65, 256):
+                    assert configs_for(arch, "split", kind, nbytes, size, 99 * 1024)
+
+
+def test_shared_memory_filters():
+    for row, config in all_configs():
+        assert config.shared <= {80: 163, 90: 227, 100: 227}[row.arch] * 1024
+    kind = "vector"
+    assert not configs_for(90, "fused", kind, 2, 64, 16 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 2, 1, 4, dtype=torch.float64)}, "q must be"),
+        ({"v": torch.zeros(1, 2, 1, 4, dtype=torch.float16)}, "v has dtype"),
+        ({"v": torch.zeros(1, 2, 1, 300)}, "between 1 and 256"),
+        ({"k": torch.zeros(1, 2, 1, 5)}, "k has shape"),
+        ({"g": torch.zeros(1, 2)}, "g has shape"),
+    ],
+    ids=["float64", "mixed", "large", "k", "g"],
+)
+def test_refuses(change, message):
+    args = {n: torch.zeros(1, 2, 1, 4) for n in "qkv"} | {"g": None} | change
+    with pytest.raises(ValueError, match=message):
+        decay_triton.chunk_forward(*args.values(), None, 1.0)
+
+
+# ---- compiled ahead of time
+
+
+def kernels_of(row, kind):
+    """(kernel, constants) for everything that a row launches under this kind of decay."""
+    config = TABLE[row][0]
+    tile = dict(
+        K=row.size, V=row.size, C=config.chunk, BK=min(config.block_k, row.size), BV=config.block_v,
+        DECAY=decay_triton_common.KINDS[kind],
+    )  # fmt: skip
+    common, forward, backward = decay_triton_common, decay_triton, decay_triton_bwd
+    scores = dict(K=row.size, C=config.chunk, BK=min(config.block_k, 32))
+    if row.launch == "fused":
+        found = [(forward.chunk_fused_kernel, dict(tile, HAS_H0=True))]
+    else:
+        found = [
+            (common.chunk_state_kernel, dict(tile, HAS_H0=True, STORE_HT=True)),
+            (forward.chunk_output_kernel, tile),
+            (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH0=True)),
+            (backward.chunk_value_grad_kernel, tile),
+            (backward.chunk_query_key_grad_kernel, tile),
+        ]
+        if kind == "vector":
+            found += [
+                (backward.chunk_value_scores_kernel, dict(V=row.size, C=config.chunk, BV=config.block_v)),
+                (backward.chunk_key_grad_kernel, dict(K=row.size, C=config.chunk, BK=config.block_k)),
+            ]
+    return found + [(common.chunk_key_scores_kernel, scores)] * (kind == "vector")
+
+
+def compile_kernel(kernel, constants, row, kind, precision):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    config, constants = TABLE[row][0], dict(constants, PRECISION=precision)
+    wide = set(WIDE)
+    if kind == "vector" and kernel is decay_triton_bwd.chunk_query_key_grad_kernel:
+        wide |= {"p_dq", "p_dk"}
+    unused = {"none": {"p_g", "p_a", "p_dg"}, "vector": set()}.get(kind, {"p_a"})
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or name in unused:
+            signature[name], values[(i,)] = "constexpr", constants.get(name)
+        elif name.startswith("p_"):
+            signature[name] = "*fp32" if name in wide else POINTERS[row.nbytes]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)
+
+
+def stack_bytes(compiled):
+    """Local memory of the machine code: where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
+
+
+def ahead_of_time():
+    for row, _ in all_configs():
+        for kind, family in KINDS.items():
+            if family != row.family:
+                continue
+            for precision in ("ieee", "tf32") if row.nbytes == 4 else ("ieee",):
+                quick = row.size == 128 and kind in ("scalar", "vector") and precision == "ieee"
+                quick &= row.arch == 90 or (row.nbytes == 2 and row.launch == "split")
+                name = f"sm{row.arch}-{row.launch}-{kind}-{8 * row.nbytes}bit-{row.size}-{precision}"
+                yield pytest.param(row, kind, precision, id=name, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("row", "kind", "precision"), list(ahead_of_time()))
+def test_compiles(row, kind, precision):
+    for kernel, constants in kernels_of(row, kind):
+        compiled = compile_kernel(kernel, constants, row, kind, precision)
+        name = kernel.fn.__name__
+        assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
+        assert stack_bytes(compiled) == 0, f"{name}: {stack_bytes(compiled)} bytes of stack"
+
+
+# ---- on a GPU
+
+SHAPES = {
+    torch.bfloat16: [(48, 64), (40, 72), (256, 256)],
+    torch.float16: [(40, 72), (128, 256)],
+    torch.float32: [(40, 72), (256, 96)],
+}
+DECAYS = ("zero", "weak", "strong", "very_strong", "resets")
+
+
+def gpu_cases(family, K, V):
+    """One shape at every length and decay, so that kernels are compiled once a shape."""
+    cases = [Case(family, T, "weak", B=2, H=3, K=K, V=V) for T in (1, 63, 64, 65)]
+    cases += [Case(family, 130, d, B=1, H=2, K=K, V=V) for d in DECAYS if family != "linear_attention"]
+    return [*cases, Case(family, 1000, "weak", B=1, H=2, K=K, V=V)] if K < 64 else cases
+
+
+def on_gpu(x):
+    return type(x)(**{n: None if y is None else y.cuda() for n, y in vars(x).items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", SHAPES, ids=str)
+def test_gpu(family, dtype, record_property):
+    arch = decay_triton_common.device_arch(torch.device("cuda"))
+    worst = {}
+    for K, V in SHAPES[dtype]:
+        if K > 64 and family == "retention":
+            continue  # the same code as simple_gla
+        args = KIND[family], dtype.itemsize, max(K, V), decay_triton_common.shared_limit(torch.device("cuda"))
+        launches = [(fused, c) for fused in (False, True) for c in configs_for(arch, ("split", "fused")[fused], *args)]
+        for case in gpu_cases(family, K, V):
+            x = on_gpu(make_inputs(case, dtype))
+            truth = naive_results(case, x, torch.float64)
+            eager = (naive_results if dtype == torch.float32 else narrow_results)(case, x, dtype)
+            for fused, config in launches:
+                got, again = run_kernels(x, config, fused), run_kernels(x, config, fused)
+                for name in got:
+                    assert torch.equal(got[name], again[name]), f"{case} {name} differs from run to run"
+                errors = check_results(case, x, got, dtype, truth, eager)
+                for name, error in errors.items():
+                    key = family, str(dtype)[6:], K, V, "fused" if fused else "split", config, name
+                    worst[key] = max(worst.get(key, 0.0), error)
+    for key, error in worst.items():
+        line = " ".join(map(str, key))
+        print(f"{error:.1e}  {line}")
+        record_property(line, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_tf32(family):
+    """TF32 keeps ten bits: as far from the truth as float16 operands."""
+    case = Case(family, 130, "weak", B=1, H=2, K=40, V=72)
+    x = on_gpu(make_inputs(case, torch.float32))
+    truth = naive_results(case, x, torch.float64)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = run_kernels(x, None, False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name, y in got.items():
+        error = ((y - truth[name]).norm() / truth[name].norm()).item()
+        print(f"{error:.1e}  {case} {name}")
+        assert error < (2e-2 if name == "dg" else 2e-3), f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+def test_gpu_strided_and_absent():
+    """Views as inputs, no initial state, no gradient of the final state, decays in the operands' dtype."""
+    case = Case("gla", 70, "strong", B=2, H=2, K=48, V=64)
+    x = on_gpu(make_inputs(case, torch.bfloat16))
+    g = x.g.bfloat16()
+    q = x.q.transpose(1, 2).contiguous().transpose(1, 2)
+    v = torch.stack([x.v, x.v], -1)[..., 0]
+    zero = torch.zeros_like(x.h0)
+    o, final = decay_triton.chunk_forward(q, x.k, v, g, None, SCALE)
+    want = decay_triton.chunk_forward(x.q, x.k, x.v, g.float(), zero, SCALE)
+    assert torch.equal(o, want[0]) and torch.equal(final, want[1])
+    *grads, dh0 = decay_triton.chunk_backward(q, x.k, v, g, None, SCALE, x.do, None)
+    wanted = decay_triton.chunk_backward(x.q, x.k, x.v, g.float(), zero, SCALE, x.do, zero)
+    assert dh0 is None
+    for got, y in zip(grads, wanted, strict=False):
+        assert torch.equal(got, y)
+
+
+if __name__ == "__main__":
+    interpret()
