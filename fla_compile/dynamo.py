@@ -21,6 +21,7 @@ from torch._guards import CompileContext, TracingContext
 
 from fla_compile.options import Options
 from fla_compile.passes.lift_loops import LoopSite, lift_loops
+from fla_compile.passes.loop_analysis import SILENT
 from fla_compile.passes.loop_runtime import not_liftable
 from fla_compile.passes.normalise import short_source
 from fla_compile.passes.records import Refusal
@@ -121,7 +122,7 @@ def _inline_twin(original: Callable, parent: Any, func: Any, *args: Any, **kwarg
     trace = _trace_of(parent.output.tracing_context)
     first, last = fn.__code__.co_firstlineno, max((line or 0 for *_, line in fn.__code__.co_lines()), default=0)
     mine = [r for (name, line), r in left.items() if name == fn.__code__.co_filename and first <= line <= last]
-    trace.refusals.update(dict.fromkeys((*lifted.refusals, *mine)))
+    trace.refusals.update(dict.fromkeys(r for r in (*lifted.refusals, *mine) if r.reason not in SILENT))
     if lifted.twin is None:
         return original(parent, func, *args, **kwargs)
     trace.lifted.update({(site.filename, site.line): site for site in lifted.loops})

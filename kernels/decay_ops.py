@@ -6,6 +6,7 @@ One forward operator for each family in `FAMILIES`, so that a graph says what it
 them: the rank of g tells the families apart. CPU runs `decay_cpu`, CUDA runs `decay_triton`.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,12 +34,19 @@ def _forward_cpu(
     return decay_cpu.chunk_forward(q, k, v, g, initial_state, scale)
 
 
+def _cuda_chunks(q: Tensor) -> ModuleType:
+    """Triton; in float64, which it does not do, the same chunks as matrix products."""
+    if q.dtype == torch.float64:
+        return decay_cpu
+    from fla_compile.kernels import decay_triton  # triton may be absent
+
+    return decay_triton
+
+
 def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    from fla_compile.kernels import decay_triton  # triton may be absent
-
-    return decay_triton.chunk_forward(q, k, v, g, initial_state, scale)
+    return _cuda_chunks(q).chunk_forward(q, k, v, g, initial_state, scale)
 
 
 def _forward_fake(
@@ -79,9 +87,7 @@ def _backward_cuda(
     need_dg: bool,
     need_dh0: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from fla_compile.kernels import decay_triton  # triton may be absent
-
-    dq, dk, dv, dg, dh0 = decay_triton.chunk_backward(q, k, v, g, initial_state, scale, do, dht)
+    dq, dk, dv, dg, dh0 = _cuda_chunks(q).chunk_backward(q, k, v, g, initial_state, scale, do, dht)
     return dq, dk, dv, _wanted(dg, g, need_dg, q), _wanted(dh0, initial_state, need_dh0, q)
 
 

@@ -6,10 +6,10 @@ decided by the read-out: keys are the axes that it sums over. The family then fo
 Nothing here depends on names, on the order of axes or operations, or on where a scale was applied.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fla_compile.passes import normal_form as nf
@@ -130,11 +130,24 @@ def unchanged(step: Step, carry: int) -> bool:
     return all(atom not in step.values[n].atoms for n in step.next_carries if n is not step.next_carries[carry])
 
 
+def original(node: fx.Node) -> fx.Node:
+    """Behind the copies that a lifted loop makes of its states and outputs."""
+    while node.target in (torch.ops.aten.clone.default, torch.ops.aten.alias.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def written_at(step: Step, carry: int) -> str:
+    """The user's line that computes a new state."""
+    node = step.next_carries[carry]
+    return step.source(original(node)) or step.source(node)
+
+
 def update_of(step: Step, carry: int) -> Update:
     node = step.next_carries[carry]
     if node in step.blocked:
         raise step.blocked[node]
-    where = step.source(node)
+    where = written_at(step, carry)
     value = step.values.get(node)
     if value is None or node not in step.stateful:
         raise Refused("not_a_recurrence", "the new state does not depend on the old one", where)
@@ -163,21 +176,40 @@ def update_of(step: Step, carry: int) -> Update:
 def find_reads(
     step: Step, node: fx.Node, updates: dict[int, Update], prove: Prover, reads: dict[fx.Node, Recurrence]
 ) -> bool:
-    """Find the read-outs below `node`; True when `node` is one itself. What lies between runs after the loop."""
+    """Find the read-outs below `node`; True when `node` is one itself. What lies between runs after the loop.
+
+    The outermost one is taken, with the scales around it, unless it sums over values too (an output projection, a
+    quadratic form) and there is one below that does not.
+    """
     if node in reads:
         return True
-    found = read_out(step, node, updates, prove)
-    if found is not None:
-        reads[node] = found
-        return True
-    if node in step.carries:
-        raise Refused("state_escapes", "the state is used other than through a read-out", step.source(node))
+    found, refused = None, None
+    try:
+        found = read_out(step, node, updates, prove)
+    except Refused as error:
+        refused = error
+    if found is None or not found.values:
+        try:
+            reads.update(reads_below(step, node, updates, prove, reads))
+            return False
+        except Refused as error:
+            if found is None:
+                raise (refused or error) from None
+    reads[node] = found
+    return True
+
+
+def reads_below(
+    step: Step, node: fx.Node, updates: dict[int, Update], prove: Prover, reads: dict[fx.Node, Recurrence]
+) -> dict[fx.Node, Recurrence]:
+    states = {*step.carries, *step.next_carries, *(original(n) for n in step.next_carries)}
     below = [n for n in node.all_input_nodes if n in step.stateful]
+    if node in step.carries or any(n in states for n in below):
+        raise Refused("state_escapes", "the state is used other than through a read-out", step.source(node))
+    deeper = dict(reads)
     for n in below:
-        if n in step.carries or n in step.next_carries:
-            raise Refused("state_escapes", "the state is used other than through a read-out", step.source(node))
-        find_reads(step, n, updates, prove, reads)
-    return False
+        find_reads(step, n, updates, prove, deeper)
+    return deeper
 
 
 def read_out(step: Step, node: fx.Node, updates: dict[int, Update], prove: Prover) -> Recurrence | None:
@@ -195,7 +227,6 @@ def read_out(step: Step, node: fx.Node, updates: dict[int, Update], prove: Prove
     value, term, state, update = match_labels(step, value, term, state, update)
     dims = {label for axis in value.dims for label in axis}
     keys = tuple(label for label in state.labels if label not in dims)
-    decay = Counter(update.decay)
     q = list(term.factors)
     q.remove(state)
     for factor in update.decay:
@@ -207,7 +238,7 @@ def read_out(step: Step, node: fx.Node, updates: dict[int, Update], prove: Prove
         expected = Value(value.dims, tuple(Term(scale * t.coef, t.factors + tuple(q)) for t in update.value.terms))
         if keys and equal(step, expected, value):
             return recurrence(step, update, tuple(q), keys, scale, node, value.dims, prove)
-    if keys and not decay - Counter(term.factors) and len(value.terms) == 1:
+    if keys and len(value.terms) == 1:
         raise Refused("no_kernel", "the state is read before its update", step.source(node))
     return None
 
@@ -265,7 +296,7 @@ def unread(step: Step, update: Update, prove: Prover) -> Recurrence:
     shared = set(update.labels).intersection(*(set(f.labels) for f in factors)) if factors else set()
     keys = tuple(label for label in (factors[0].labels if factors else ()) if label not in shared)
     if not keys:
-        raise Refused("not_outer_product", "the update is elementwise", step.source(step.next_carries[update.carry]))
+        raise Refused("not_outer_product", "the update is elementwise", written_at(step, update.carry))
     q = tuple(f for f in update.write if set(f.labels) & set(keys))
     return recurrence(step, update, q, keys, 1.0, None, (), prove)
 
@@ -303,7 +334,7 @@ def recurrence(
                 "decay_sign_unknown",
                 f"nothing shows that the decay {tuple(node.meta['val'].shape)} is positive; write it as exp(g) or "
                 "sigmoid(x)",
-                step.source(step.next_carries[update.carry]),
+                written_at(step, update.carry),
             )
         logs.append((factor, log))
     if update.decay_coef <= 0:

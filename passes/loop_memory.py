@@ -45,23 +45,24 @@ def find_overlap(body: Body, accesses: Accesses, carries: tuple[Carry, ...]) -> 
     if not changed:
         return Overlap((), ())
     kept = [carry.name for carry in carries if not carry.same_object]
-    used = _used(body, accesses) - (body.bound - {carry.name for carry in carries}) - body.lists
+    inner = body.bound - {carry.name for carry in carries} | body.lists
+    used = {name: certain for name, certain in _used(body, accesses).items() if name not in inner}
     for name in changed:
         mine = memory(body.scope, name, body.loop)
         roots = {place.split(".")[0] for place in mine}
-        for other in sorted((set(used) | set(kept)) - {name}):
+        for other in sorted({*used, *kept} - {name}):
             if other in roots or mine & memory(body.scope, other, body.loop):
                 reason = "mutates_input" if name in in_place else "reads_own_output"
                 where = next((s for s in body.scope.preceding(body.loop) if name in bound_names(s)), body.loop)
                 body.refuse(reason, f"{name} may share memory with {other}, which the loop uses", where)
-    certain = {name for name, always in used.items() if always}
-    others = (certain | set(kept)) - set(changed) - body.written
+    others = {name for name, certain in used.items() if certain} | set(kept)
+    others -= {*changed, *written}
     return Overlap(tuple(changed), tuple(sorted(others)))
 
 
-def _used(body: Body, accesses: Accesses) -> "_Uses":
+def _used(body: Body, accesses: Accesses) -> dict[str, bool]:
     """Names whose values the body uses, each with whether it surely has one as the loop starts."""
-    uses = _Uses()
+    uses: dict[str, bool] = {}
     for node in body.nodes:
         if not isinstance(node, ast.Name) or isinstance(node.ctx, ast.Store) or node.id == body.index:
             continue
@@ -74,11 +75,6 @@ def _used(body: Body, accesses: Accesses) -> "_Uses":
         certain = node.id in body.scope.parameters or not (hidden or accesses.guard(node)[1])
         uses[node.id] = uses.get(node.id, False) or certain
     return uses
-
-
-class _Uses(dict[str, bool]):
-    def __sub__(self, names: set[str]) -> "_Uses":
-        return _Uses({name: certain for name, certain in self.items() if name not in names})
 
 
 def _inside(body: Body, node: ast.AST) -> Iterator[ast.AST]:

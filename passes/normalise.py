@@ -86,6 +86,14 @@ def shape_of(node: fx.Node) -> Sequence[Any]:
     return node.meta["val"].shape
 
 
+def _copied(a: torch.Tensor, b: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    return b.to(device=a.device, dtype=a.dtype).expand(a.shape).clone()
+
+
+# What functionalisation writes for `x[:] = y` has neither a derivative nor a batching rule.
+REWRITTEN = {aten.copy.default: _copied}
+
+
 def trace_step(body: fx.GraphModule) -> fx.GraphModule:
     """The body as functional ATen, with fake values and the user's stack traces on its nodes."""
     fakes = [node.meta["example_value"] for node in body.graph.find_nodes(op="placeholder")]
@@ -97,7 +105,8 @@ def trace_step(body: fx.GraphModule) -> fx.GraphModule:
     if mode is None:
         raise Refused("unsupported_op", "the loop body has no tensor operands")
     with fx.traceback.preserve_node_meta(), torch._guards.tracing(None), mode, torch.no_grad():
-        step = make_fx(torch.func.functionalize(run, remove="mutations"), tracing_mode="real")(*fakes)
+        functional = torch.func.functionalize(run, remove="mutations")
+        step = make_fx(functional, decomposition_table=REWRITTEN, tracing_mode="real")(*fakes)
     return step
 
 

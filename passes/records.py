@@ -3,6 +3,22 @@
 from dataclasses import dataclass
 
 
+# Why a captured loop is refused; `loop_analysis.REASONS` says why a loop is not captured. README has both as one table.
+REASONS = {
+    "not_captured": "Dynamo cannot trace the loop's body as one step.",
+    "graph_break": "The program is captured in pieces; only the first is explained.",
+    "unsupported_op": "An operation without a rule is applied to the state.",
+    "not_affine": "The update is not affine in the state.",
+    "not_a_recurrence": "The new state does not depend on the old one.",
+    "unknown_recurrence": "The update is affine, but of no family that we know.",
+    "not_outer_product": "What the update writes is not one outer product of a key and a value.",
+    "decay_sign_unknown": "Nothing shows that a decay which needs a gradient is positive.",
+    "random_in_loop": "The loop draws random numbers.",
+    "no_kernel": "The recurrence is known, but no kernel of ours takes it.",
+    "validation_failed": "Loop and kernel gave different numbers on random data; please report it.",
+}
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """One pattern that was recognised and replaced.

@@ -155,7 +155,12 @@ def validate(claim: Claim) -> float:
     with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         for wide in (True, False):
             for positive in (False, True):
-                found = claim.largest_error(wide, positive)
+                try:
+                    found = claim.largest_error(wide, positive)
+                except Exception as error:
+                    # A replacement that cannot run must not cost the user the program.
+                    detail = f"loop and kernel do not run on random data: {type(error).__name__}: {error}"
+                    raise Refused("validation_failed", detail) from error
                 if found is None:
                     continue
                 kind, size = found

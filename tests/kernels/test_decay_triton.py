@@ -25,6 +25,9 @@ SCALE = 0.3
 KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True))
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs"}
+# Narrow operands spill nothing. Float32 products are unrolled into thousands of instructions, where ptxas may set aside
+# up to four registers even when it has free ones.
+STACK = {2: 0, 4: 16}
 # Relative rms error a narrow kernel may have whatever the narrow loop does: four roundings of its operands, and for
 # dg, a difference of such sums, sixteen.
 CAP = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12}
@@ -83,9 +86,6 @@ def check_results(case, x, got, dtype, truth=None, eager=None):
     return errors
 
 
-# ---- interpreted
-
-
 def interpret() -> None:
     """Small shapes with several blocks of keys, values and time, both launches, float32 and float16."""
     small, larger = Config(16, 16, 16, 4, 1, 0), Config(32, 32, 32, 4, 1, 0)
@@ -109,9 +109,6 @@ def test_interpreted():
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("ok ") == 4 * len(FAMILIES) + 9
-
-
-# ---- the table
 
 
 def test_every_size_has_a_split_row():
@@ -144,9 +141,6 @@ def test_refuses(change, message):
     args = {n: torch.zeros(1, 2, 1, 4) for n in "qkv"} | {"g": None} | change
     with pytest.raises(ValueError, match=message):
         decay_triton.chunk_forward(*args.values(), None, 1.0)
-
-
-# ---- compiled ahead of time
 
 
 def kernels_of(row, kind):
@@ -227,14 +221,13 @@ def test_compiles(row, kind, precision):
         compiled = compile_kernel(kernel, constants, row, kind, precision)
         name = kernel.fn.__name__
         assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
-        assert stack_bytes(compiled) == 0, f"{name}: {stack_bytes(compiled)} bytes of stack"
+        assert stack_bytes(compiled) <= STACK[row.nbytes], f"{name}: {stack_bytes(compiled)} bytes of stack"
 
 
-# ---- on a GPU
-
+# Every row of the table is met by a family that has code of its own; the first shape by all families.
 SHAPES = {
-    torch.bfloat16: [(48, 64), (40, 72), (256, 256)],
-    torch.float16: [(40, 72), (128, 256)],
+    torch.bfloat16: [(40, 72), (48, 64), (128, 96), (128, 256), (256, 256)],
+    torch.float16: [(40, 72)],
     torch.float32: [(40, 72), (256, 96)],
 }
 DECAYS = ("zero", "weak", "strong", "very_strong", "resets")
@@ -257,9 +250,7 @@ def on_gpu(x):
 def test_gpu(family, dtype, record_property):
     arch = decay_triton_common.device_arch(torch.device("cuda"))
     worst = {}
-    for K, V in SHAPES[dtype]:
-        if K > 64 and family == "retention":
-            continue  # the same code as simple_gla
+    for K, V in SHAPES[dtype][: None if family in ("simple_gla", "gla") else 1]:
         args = KIND[family], dtype.itemsize, max(K, V), decay_triton_common.shared_limit(torch.device("cuda"))
         launches = [(fused, c) for fused in (False, True) for c in configs_for(arch, ("split", "fused")[fused], *args)]
         for case in gpu_cases(family, K, V):
@@ -281,7 +272,7 @@ def test_gpu(family, dtype, record_property):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[2:])
 def test_gpu_tf32(family):
     """TF32 keeps ten bits: as far from the truth as float16 operands."""
     case = Case(family, 130, "weak", B=1, H=2, K=40, V=72)

@@ -1,7 +1,10 @@
-"""The helpers behind a twin, run eagerly (scan then compiles itself)."""
+"""The helpers behind a twin, run eagerly (scan then compiles itself), and what they refuse while a twin is traced."""
 
 import pytest
 import torch
+import torch._dynamo
+from fla_compile.passes.lift_loops import lift_loops
+from fla_compile.passes.loop_analysis import REASONS, SILENT
 from fla_compile.passes.loop_runtime import (
     NotLiftable,
     TimeList,
@@ -17,8 +20,10 @@ from fla_compile.passes.loop_runtime import (
     time_first,
     write_time,
 )
+from torch import nn
 
 SITE = "user.py:1"
+B, T, K = 2, 6, 3
 
 
 def loop(body, start, stop, carries, reads, **changes):
@@ -26,8 +31,10 @@ def loop(body, start, stop, carries, reads, **changes):
         "names": ("S",) * len(carries),
         "in_place": (False,) * len(carries),
         "optional": (False,) * len(reads),
+        "slots": (),
         "targets": (),
-        "n_writes": 0,
+        "changed": (),
+        "others": (),
         "n_lists": 1,
         "site": SITE,
     }
@@ -51,7 +58,7 @@ def test_run_loop_sums(first):
 
 def test_no_steps_changes_nothing():
     S = torch.ones(2)
-    assert loop(add, 3, 3, (S,), ((None, 0),), n_writes=1) == ((S,), (None,), ((),))
+    assert loop(add, 3, 3, (S,), ((None, 0),), targets=(torch.ones(2),)) == ((S,), (None,), ((),))
 
 
 @pytest.mark.parametrize(
@@ -109,3 +116,156 @@ def test_state_stays_in_its_object():
     assert finish_in_place(S, torch.ones(2)) is S and S.sum() == 2
     assert finish_in_place(0, 3) == 3
     assert snapshot(2, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def compiled(fn):
+    torch._dynamo.reset()
+    twin = lift_loops(fn).twin
+    assert twin is not None
+    return torch.compile(twin, backend="eager", fullgraph=True)
+
+
+def containers(weights, x):
+    for i in range(len(weights)):
+        x = x + weights[i] @ x
+    return x
+
+
+def layer_weights(layers, x):
+    for i in range(len(layers)):
+        x = x + layers[i].weight @ x
+    return x
+
+
+def into_a_list(kept, x):
+    for i in range(len(kept)):
+        x = x[:1] * 2
+        kept[i] = x
+    return x
+
+
+def changing(x, S):
+    for t in range(x.shape[1]):
+        S = S + x[:, t]
+    return S
+
+
+def into_argument(x, o):
+    for t in range(x.shape[1]):
+        o[:, t] = x[:, t].flip(0)
+
+
+def into_part_of_argument(x, o):
+    for t in range(x.shape[1]):
+        o[:, t, 0] = x[:, t, 1]
+
+
+def into_two_arguments(p, o):
+    for t in range(p.shape[1]):
+        p[:, t] = 1
+        o[:, t] = 2
+
+
+def into_first_state(S, o):
+    for t in range(o.shape[1]):
+        o[:, t] = 1
+        S = S + o.shape[0]
+    return S
+
+
+def state_in_place(x, S):
+    for t in range(x.shape[1]):
+        S += x[:, t]
+
+
+def state_and_weight(S, w):
+    for t in range(X.shape[1]):
+        S += X[:, t] * w
+
+
+def state_twice(S, P):
+    for t in range(X.shape[1]):
+        S += X[:, t]
+        P = P + S
+    return P
+
+
+X = torch.ones(B, T, K)
+STATE = torch.zeros(B, K)
+LAYERS = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    "fn, args, reason",
+    [
+        (containers, ([torch.eye(2)] * 3, torch.ones(2)), "not_a_tensor"),
+        (layer_weights, (LAYERS, torch.ones(2)), "not_a_tensor"),
+        (into_a_list, ([None] * 3, torch.ones(2)), "not_a_tensor"),
+        (changing, (X, torch.zeros(1, 1)), "carry_changes"),
+        (changing, (X.double(), STATE), "carry_changes"),
+        (changing, (X, None), "carry_not_tensor"),
+        (into_argument, (X, X), "mutates_input"),
+        (into_argument, (X, X[:, ::1]), "mutates_input"),
+        (into_part_of_argument, (X, X), "mutates_input"),
+        (into_two_arguments, (X, X), "mutates_input"),
+        (into_first_state, (X, X), "mutates_input"),
+        (state_in_place, (X, X[:, 1]), "mutates_input"),
+        (state_and_weight, (STATE, STATE), "mutates_input"),
+        (state_twice, (STATE, STATE), "mutates_input"),
+    ],
+    ids=lambda x: getattr(x, "__name__", "" if isinstance(x, tuple) else x),
+)
+def test_refused_while_tracing(fn, args, reason):
+    with pytest.raises(Exception) as caught:
+        compiled(fn)(*args)
+    found = not_liftable(caught.value)
+    assert found is not None and found[0] == reason in REASONS
+    assert found[2] == f"{__file__}:{fn.__code__.co_firstlineno + 1}"
+    assert (reason in SILENT) == (reason == "not_a_tensor")
+
+
+@pytest.mark.parametrize(
+    "fn, shapes",
+    [
+        (into_argument, [(B, T, K)] * 2),
+        (into_part_of_argument, [(B, T, K)] * 2),
+        (into_two_arguments, [(B, T, K)] * 2),
+        (state_and_weight, [(B, K)] * 2),
+        (state_twice, [(B, K)] * 2),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_changed_arguments_lift_where_they_are_distinct(fn, shapes):
+    mine, theirs = ([torch.rand(s, generator=torch.Generator().manual_seed(0)) for s in shapes] for _ in range(2))
+    got, want = compiled(fn)(*mine), fn(*theirs)
+    torch.testing.assert_close(mine, theirs)
+    if want is not None:
+        torch.testing.assert_close(got, want)
+
+
+def mutate(S):
+    return S.mul_(2)
+
+
+def hidden_mutation(x, S):
+    for t in range(x.shape[1]):
+        S = mutate(S) + x[:, t]
+    return S
+
+
+def hidden_view(x, S):
+    outs = []
+    for t in range(x.shape[1]):
+        S += x[:, t]
+        outs.append(same(S))
+    return torch.stack(outs)
+
+
+def same(S):
+    return S.view(-1)
+
+
+@pytest.mark.parametrize("fn", [hidden_mutation, hidden_view], ids=lambda f: f.__name__)
+def test_what_helpers_hide_fails_in_tracing_not_in_numbers(fn):
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        compiled(fn)(torch.ones(B, T, K), torch.zeros(B, K))

@@ -58,6 +58,7 @@ def outcome(fn: Callable, args: Sequence[Any]) -> tuple[list[torch.Tensor], list
         x.detach().clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in args
     ]
+    torch.manual_seed(0)
     values = tensors(fn(*leaves))
     wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
     total: Any = 0
@@ -83,11 +84,19 @@ def assert_same(fn: Callable, compiled: Callable, args: Sequence[Any], tolerance
 
 
 def assert_rewritten(
-    fn: Callable, args: Sequence[Any], *families: str, then: str = "eager", tolerance: float | None = None
+    fn: Callable,
+    args: Sequence[Any],
+    *families: str,
+    then: str = "eager",
+    tolerance: float | None = None,
+    reference: Callable | None = None,
 ) -> Report:
-    """Each loop of `fn` becomes the kernel of its family ("a + b" for two states), and nothing else changes."""
+    """Each loop of `fn` becomes the kernel of its family ("a + b" for two states), and nothing else changes.
+
+    `reference` is `fn` itself unless eager autograd cannot differentiate it.
+    """
     backend = Passes(then=then)
-    assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), args, tolerance)
+    assert_same(reference or fn, torch.compile(fn, backend=backend, fullgraph=True), args, tolerance)
     report = backend.report
     assert report.refusals == ()
     assert tuple(r.family for r in report.rewrites) == families
