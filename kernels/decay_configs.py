@@ -3,8 +3,8 @@
 A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Two launches:
 `split` (its tiles serve the backward too) and `fused` (state on chip: a program holds all keys of the class). Families:
 `row` (no decay, or one per head or row) and `key` (one per key). Head size classes bound the larger of K and V.
-Where no fused row stands, the state would not fit in registers and the split launch runs. Every row compiles without
-spilling; the tests prove it.
+Where no fused row stands, the state would not fit in registers and the split launch runs. Narrow rows compile without
+spilling, float32 rows with at most 16 bytes; the tests prove it.
 """
 
 from collections.abc import Iterator

@@ -54,7 +54,7 @@ def chunk_state_grad_kernel(
     i_p = tl.program_id(0)
     i_v = i_p % NV
     i_k = (i_p // NV) % NK
-    i_bh = i_p // (NV * NK)
+    i_bh = i_p // NV // NK
     i_b = (i_bh // H).to(tl.int64)
     i_h = i_bh % H
     n_t = tl.cdiv(T, C)

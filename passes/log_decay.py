@@ -21,7 +21,7 @@ from torch import fx
 VIEWS = {
     "movedim", "moveaxis", "transpose", "swapaxes", "permute", "unsqueeze", "squeeze", "view", "reshape", "expand",
     "contiguous", "clone", "alias", "getitem", "select", "narrow", "flatten", "unflatten", "t", "_unsafe_view",
-    "expand_as", "view_as", "slice",
+    "expand_as", "view_as", "slice", "T", "mT",
 }  # fmt: skip
 CASTS = {"to", "float", "double", "_to_copy", "type_as"}
 CREATION = {"arange", "tensor", "as_tensor", "full", "ones", "linspace", "logspace", "zeros", "scalar_tensor"}
@@ -45,6 +45,8 @@ def op_name(node: fx.Node) -> str:
     elif node.op == "call_function":
         packet = getattr(node.target, "overloadpacket", None)
         name = packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+        if name == "getattr":  # x.mT
+            name = str(node.args[1])
     else:
         return node.op
     return {"truediv": "div", "true_divide": "div", "special_expit": "sigmoid", "expit": "sigmoid"}.get(name, name)

@@ -107,6 +107,10 @@ def trace_step(body: fx.GraphModule) -> fx.GraphModule:
     with fx.traceback.preserve_node_meta(), torch._guards.tracing(None), mode, torch.no_grad():
         functional = torch.func.functionalize(run, remove="mutations")
         step = make_fx(functional, decomposition_table=REWRITTEN, tracing_mode="real")(*fakes)
+    for node in step.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # over all of time a tensor may have other strides
+    step.recompile()
     return step
 
 

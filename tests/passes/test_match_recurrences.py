@@ -1,0 +1,273 @@
+"""Matching in a whole graph: each loop is judged alone, and what surrounds it computes what it did."""
+
+import pytest
+import torch
+from fla_compile.options import Options
+from fla_compile.passes.match_recurrences import scans
+from programs import Passes, assert_refused, assert_rewritten, assert_same, operands
+from torch._higher_order_ops.scan import scan
+
+
+def bare(q, v):
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+
+
+def recur(q, k, v, g):
+    S, o = bare(q, v), torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return o
+
+
+def test_two_loops_of_one_function():
+    def fn(q, k, v, g):
+        return recur(recur(q, k, q, g).tanh(), k, v, -g)
+
+    report = assert_rewritten(fn, operands("bthk bthk bthv bthk"), "gla", "gla")
+    assert len({r.source for r in report.rewrites}) == 1
+
+
+def one_of_two(q, k, v, g):
+    y = recur(q, k, v, g)
+    h, outs = torch.zeros_like(y[:, 0]), []
+    for t in range(y.shape[1]):
+        h = torch.tanh(h + y[:, t])  # here
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
+def test_a_refused_loop_does_not_take_the_other_with_it():
+    backend = Passes()
+    assert_same(one_of_two, torch.compile(one_of_two, backend=backend, fullgraph=True), operands("bthk bthk bthv bthk"))
+    report = backend.report
+    assert [r.family for r in report.rewrites] == ["gla"]
+    assert [r.reason for r in report.refusals] == ["unsupported_op"]
+    assert report.refusals[0].source.startswith("test_match_recurrences.py:")
+    # The first trace has both as scans; the second has the refused loop as the user wrote it.
+    assert len(backend.reports) == 2 and backend.reports[0].graph("before").count("scan(") > 1
+    assert report.graph("after").count("torch.tanh") == operands("bt")[0].shape[1]
+    assert "higher_order.scan" not in report.graph("after")
+
+
+def written_scan(q, k, v, g):
+    def step(S, x):
+        q, k, v, a = x
+        S = S * a[..., None] + k[..., None] * v[..., None, :]
+        return S, torch.einsum("bhk,bhkv->bhv", q, S)
+
+    xs = tuple(x.movedim(1, 0) for x in (q, k, v, torch.sigmoid(g)))
+    S, o = scan(step, bare(q, v), xs)
+    return o.movedim(0, 1), S
+
+
+def looped(q, k, v, g):
+    S, o = bare(q, v), []
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        o.append(torch.einsum("bhk,bhkv->bhv", q[:, t], S))
+    return torch.stack(o, 1), S
+
+
+def test_a_scan_that_the_user_wrote():
+    report = assert_rewritten(written_scan, operands("bthk bthk bthv bthk"), "gla", reference=looped)
+    assert report.rewrites[0].source.startswith("test_match_recurrences.py:")
+
+
+def test_a_refused_scan_that_the_user_wrote_stays():
+    def fn(x):
+        def step(h, x):
+            h = torch.tanh(h + x)
+            return h, h.clone()
+
+        return scan(step, x[0] * 0, x)[1]
+
+    backend = Passes()
+    x = operands("tk")[0]
+    with torch.no_grad():
+        got = torch.compile(fn, backend=backend, fullgraph=True)(x)
+    h, want = x[0] * 0, []
+    for x_t in x:
+        h = torch.tanh(h + x_t)
+        want.append(h)
+    torch.testing.assert_close(got, torch.stack(want))
+    assert [r.reason for r in backend.report.refusals] == ["unsupported_op"] and len(backend.reports) == 1
+    assert "higher_order.scan" in backend.report.graph("after")
+
+
+# The start of the state: zeros that nothing writes to are not read by the kernel.
+
+
+def from_zeros(q, k, v, g):
+    return recur(q, k, v, g)
+
+
+def from_changed_zeros(q, k, v, g):
+    S, o = bare(q, v), torch.zeros_like(v)
+    S[:, 0] = 1.0
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return o, S
+
+
+def from_zeros_changed_through_a_view(q, k, v, g):
+    S, o = bare(q, v), torch.zeros_like(v)
+    S.transpose(0, 1)[0].fill_(2.0)
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return o, S
+
+
+def from_zeros_that_the_loop_updates(q, k, v, g):
+    S, o = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), torch.zeros_like(v)
+    held = S
+    S.add_(1.0)
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return o, held
+
+
+@pytest.mark.parametrize(
+    "fn, zero",
+    [
+        (from_zeros, True),
+        (from_changed_zeros, False),
+        (from_zeros_changed_through_a_view, False),
+        (from_zeros_that_the_loop_updates, False),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_states_that_start_at_zero(fn, zero):
+    report = assert_rewritten(fn, operands("bthk bthk bthv bthk"), "gla")
+    call = next(line for line in report.graph("after").splitlines() if "torch.ops.fla_compile.gla" in line)
+    assert (", None, 1.0)" in call) == zero
+
+
+# Memory that the program writes to.
+
+
+def writes_to_its_argument(q, k, v, g):
+    S = bare(q, v)
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        v[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)  # lifting refuses this: v is read and written
+    return S
+
+
+def writes_to_another_name(q, k, v, o):
+    S = bare(q, v)
+    for t in range(q.shape[1]):
+        S = S * 0.9 + k[:, t][..., None] * v[:, t][..., None, :]
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return S
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["same step", "next step"])
+def test_an_output_that_shares_memory_with_an_operand(shift):
+    """With a shift, step t writes what step t+1 reads: eager sees it, and so must the compiled program."""
+    q, k, _, _ = operands("bthk bthk bthv bthk")
+    base = operands("btEhv", E=1, seed=5)[0].reshape(2, 7, 2, 6)
+    base = torch.cat([base, base], 1)
+
+    def arguments():
+        memory = base.clone()
+        return memory, (q, k, memory[:, shift : shift + 7], memory[:, 1 : 8])
+
+    backend = Passes()
+    memory, args = arguments()
+    got = torch.compile(writes_to_another_name, backend=backend)(*args)
+    wanted_memory, args = arguments()
+    want = writes_to_another_name(*args)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(memory, wanted_memory, rtol=2e-5, atol=2e-5)
+    assert backend.report.rewrites == ()
+
+
+def test_an_output_of_its_own_is_written_to():
+    q, k, v, o = operands("bthk bthk bthv bthv")
+    backend = Passes()
+    got_o, want_o = o.clone(), o.clone()
+    got = torch.compile(writes_to_another_name, backend=backend, fullgraph=True)(q, k, v, got_o)
+    want = writes_to_another_name(q, k, v, want_o)
+    torch.testing.assert_close((got, got_o), (want, want_o), rtol=2e-5, atol=2e-5)
+    assert [r.family for r in backend.report.rewrites] == ["retention"]
+
+
+def test_reading_what_is_written_is_left_alone():
+    q, k, v, g = operands("bthk bthk bthv bthk")
+    backend = Passes()
+    got_v, want_v = v.clone(), v.clone()
+    got, want = torch.compile(writes_to_its_argument, backend=backend)(q, k, got_v, g), writes_to_its_argument(q, k, want_v, g)
+    torch.testing.assert_close((got, got_v), (want, want_v), rtol=2e-5, atol=2e-5)
+    if backend.report.rewrites:
+        assert backend.report.refusals == ()
+
+
+def escaping_read_out(q, k, v, g):
+    S, o = bare(q, v), torch.zeros_like(v)
+    y = torch.zeros_like(v[:, 0])
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * (v[:, t] + y)[..., None, :]  # here
+        y = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        o[:, t] = y
+    return o
+
+
+def test_a_read_out_that_feeds_the_next_step_is_refused():
+    assert_refused(escaping_read_out, operands("bthk bthk bthv bthk"), "unknown_recurrence", "one state into another")
+
+
+def test_intermediates_used_elsewhere_stay():
+    """What the loop reads is used after it too: the rewrite must leave it in the graph."""
+
+    def fn(q, k, v, g):
+        a = torch.sigmoid(g)
+        S, o = bare(q, v), torch.zeros_like(v)
+        for t in range(q.shape[1]):
+            S = S * a[:, t][..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+            o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        return o, a * q, S.sum() + k.movedim(1, 0).cos()
+
+    assert_rewritten(fn, operands("bthk bthk bthv bthk"), "gla")
+
+
+def test_a_kernel_that_refuses(monkeypatch):
+    from fla_compile.passes import pipeline
+
+    monkeypatch.setattr(pipeline, "supports", lambda *args: "not on a Tuesday")
+
+    def fn(q, k, v, g):
+        S, o = bare(q, v), torch.zeros_like(v)
+        for t in range(q.shape[1]):  # here
+            S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+            o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        return o
+
+    assert_refused(fn, operands("bthk bthk bthv bthk"), "no_kernel", "Tuesday")
+
+
+def test_scans_are_taken_apart():
+    found = []
+
+    def backend(gm, example_inputs):
+        found.extend(scans(gm))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(written_scan, backend=backend, fullgraph=True)(*operands("bthk bthk bthv bthk"))
+    (only,) = found
+    assert len(only.init) == 1 and len(only.reads) == 4 and only.zero_init == (True,)
+    assert only.place is not None and only.place[0].endswith("test_match_recurrences.py")
+    assert only.operands == (*only.init, *only.reads, *only.invariants)
+
+
+def test_disabled():
+    backend = Passes(Options(disable=("recurrence",)))
+    args = operands("bthk bthk bthv bthk")
+    with torch.no_grad():
+        got = torch.compile(recur, backend=backend, fullgraph=True)(*args)
+    torch.testing.assert_close(got, recur(*args), rtol=2e-5, atol=2e-5)
+    assert backend.report.rewrites == () and backend.report.refusals == ()

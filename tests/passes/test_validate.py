@@ -1,0 +1,189 @@
+"""Validation: a wrong replacement never reaches the user; a right one is not refused for its roundings."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fla_compile import explain
+from fla_compile.options import Options
+from fla_compile.passes import match_recurrences, validate
+from fla_compile.passes.lower_recurrence import Lowering
+from programs import Passes, assert_refused, assert_rewritten, operands, outcome
+
+
+def program(q, k, v, g):
+    S, o = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), torch.zeros_like(v)
+    for t in range(q.shape[1]):  # here
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return o, S
+
+
+def spoiled(change):
+    """Lowering with a mistake: `change(graph, kernel call)` edits the finished graph."""
+
+    class Spoiled(Lowering):
+        def module(self):
+            lowered = super().module()
+            graph = lowered.module.graph
+            (call,) = graph.find_nodes(op="call_function", target=torch.ops.fla_compile.gla.default)
+            with graph.inserting_before(call):
+                change(graph, call)
+            lowered.module.recompile()
+            return lowered
+
+    return Spoiled
+
+
+def wrong_scale(graph, call):
+    call.update_arg(5, call.args[5] * 1.001)
+
+
+def wrong_gate(graph, call):
+    call.update_arg(3, graph.call_function(torch.mul, (call.args[3], 0.5)))
+
+
+def swapped_operands(graph, call):
+    q, k = call.args[:2]
+    call.update_arg(0, k)
+    call.update_arg(1, q)
+
+
+def lost_gradient(graph, call):
+    call.update_arg(1, graph.call_method("detach", (call.args[1],)))
+
+
+def wrong_shape(graph, call):
+    call.update_arg(2, graph.call_function(torch.cat, ([call.args[2]] * 2, -1)))
+
+
+def does_not_run(graph, call):
+    call.update_arg(2, graph.call_function(torch.flatten, (call.args[2],)))
+
+
+@pytest.mark.parametrize(
+    "change, detail",
+    [
+        (wrong_scale, "value of loop and kernel differ"),
+        (wrong_gate, "differ"),
+        (swapped_operands, "differ"),
+        (lost_gradient, "gradient of loop and kernel differ"),
+        (wrong_shape, "differ"),
+        (does_not_run, "do not run"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_wrong_replacement_is_refused(change, detail, monkeypatch, caplog):
+    monkeypatch.setattr(match_recurrences, "Lowering", spoiled(change))
+    with caplog.at_level(logging.WARNING, "fla_compile"):
+        assert_refused(program, operands("bthk bthk bthv bthk"), "validation_failed", detail)
+    assert any("validation_failed" in record.message and "test_validate.py" in record.message for record in caplog.records)
+
+
+def test_without_validation_a_wrong_replacement_goes_through(monkeypatch):
+    """What `validate=False` gives up; and proof that the test above spoils what it says."""
+    monkeypatch.setattr(match_recurrences, "Lowering", spoiled(wrong_gate))
+    args = operands("bthk bthk bthv bthk")
+    backend = Passes(Options(validate=False))
+    got, _ = torch.compile(program, backend=backend, fullgraph=True)(*args)
+    assert backend.report.rewrites and backend.report.validation_seconds == 0
+    assert not torch.allclose(got, program(*args)[0], rtol=1e-2, atol=1e-2)
+
+
+def test_the_random_state_is_left_alone():
+    args = operands("bthk bthk bthv bthk")
+    explain(program, *args)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    report = explain(program, *args)
+    assert report.rewrites and report.validation_seconds > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_users_data_and_gradients_are_left_alone():
+    args = [x.requires_grad_() for x in operands("bthk bthk bthv bthk")]
+    kept = [x.detach().clone() for x in args]
+    torch.compile(program, backend=Passes(), fullgraph=True)(*args)
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(args, kept, strict=True))
+
+
+def test_a_norm_with_the_default_eps():
+    """Its eps is that of the type: float64 would compare two different programs."""
+
+    def fn(q, k, v, g):
+        S, o = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), torch.zeros_like(v)
+        for t in range(q.shape[1]):
+            k_t = F.rms_norm(k[:, t], (k.shape[-1],))
+            S = S * torch.sigmoid(g[:, t])[..., None] + k_t[..., None] * v[:, t][..., None, :]
+            o[:, t] = F.rms_norm(torch.einsum("bhk,bhkv->bhv", q[:, t], S), (v.shape[-1],))
+        return o, S
+
+    assert_rewritten(fn, operands("bthk bthk bthv bthk"), "gla", tolerance=2e-4)
+
+
+def test_a_loop_that_needs_positive_data():
+    def fn(q, k, v, g):
+        S, o = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), torch.zeros_like(v)
+        for t in range(q.shape[1]):
+            S = S * torch.exp(-g[:, t].abs())[..., None] + k[:, t].sqrt()[..., None] * v[:, t].log()[..., None, :]
+            o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        return o, S
+
+    args = [x.abs() + 0.1 for x in operands("bthk bthk bthv bthk")]
+    assert_rewritten(fn, args, "gla", tolerance=1e-4)
+
+
+def test_a_loop_without_finite_numbers_is_refused():
+    def fn(q, k, v, g):
+        S, o = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), torch.zeros_like(v)
+        for t in range(q.shape[1]):  # here
+            S = S * torch.sigmoid(g[:, t])[..., None] + torch.acosh(-k[:, t].abs())[..., None] * v[:, t][..., None, :]
+            o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        return o
+
+    backend = Passes()
+    torch.compile(fn, backend=backend, fullgraph=True)(*operands("bthk bthk bthv bthk"))
+    (refusal,) = backend.report.refusals
+    assert refusal.reason == "validation_failed" and "no finite numbers" in refusal.detail
+
+
+@pytest.mark.parametrize("wide, inner", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)])
+def test_narrow_types_are_judged_by_their_own_roundings(wide, inner):
+    def fn(q, k, v, g):
+        S, o = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=wide), torch.zeros_like(v)
+        for t in range(q.shape[1]):
+            S = S * torch.sigmoid(g[:, t].float())[..., None] + (k[:, t][..., None] * v[:, t][..., None, :]).to(wide)
+            o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t].float(), S).to(inner)
+        return o, S
+
+    args = operands("bthk bthk bthv bthk", dtype=inner)
+    report = assert_rewritten(fn, args, "gla", tolerance=6e-2)
+    assert report.rewrites
+
+
+def test_error_and_tolerances():
+    a = torch.tensor([1.0, 2.0])
+    assert validate.error(a, a) == 0.0
+    assert validate.error(a, a + 1e-3) > 1e-4
+    assert validate.error(a, a[:1]) == float("inf")
+    assert not validate.error(torch.tensor([float("nan")]), torch.tensor([1.0])) <= 1.0
+    assert validate.TOLERANCE == {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def test_in_float64_leaves_the_original_alone():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_method("to", (graph.call_method("float", (x,)), torch.bfloat16))
+    graph.output((graph.call_function(torch.ops.aten._to_copy.default, (y,), {"dtype": torch.float32}),))
+    gm = torch.fx.GraphModule({}, graph)
+    before = gm.code
+    wide = validate.in_float64(gm)
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    assert torch.equal(wide(third)[0], third) and wide(third)[0].dtype == torch.float64
+    assert gm.code == before and gm(third)[0].dtype == torch.float32
+
+
+def test_gradients_reach_every_operand():
+    values, slopes = outcome(program, operands("bthk bthk bthv bthk"))
+    assert len(values) == 2 and all(g is not None and g.abs().max() > 0 for g in slopes)
