@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import fla_compile.ops
 import torch
 import torch.nn.functional as F
 from common import save, table
 from torch import Tensor
+
+import fla_compile.ops
 
 SHAPES = [(8, 2048, 32, 128), (8, 4096, 16, 64), (1, 16384, 8, 128)]  # B, T, H, K = V
 PEERS = {

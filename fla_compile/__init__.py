@@ -1,14 +1,29 @@
 """Linear-attention recurrences, written in plain PyTorch, compiled to chunk kernels."""
 
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# In a checkout `kernels`, `passes` and `models` lie beside this folder; a wheel has them inside it.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file() and (_checkout / "passes").is_dir():
-    __path__.append(str(_checkout))
+
+class _Checkout:
+    """Finds `kernels`, `passes` and `models` beside this folder, where a checkout has them; a wheel has them inside.
+
+    Not by `__path__`: whoever walks the package (torch, to register loggers) would walk the whole checkout.
+    """
+
+    root = Path(__file__).resolve().parent.parent
+    names = frozenset({f"{__name__}.kernels", f"{__name__}.passes", f"{__name__}.models"})
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        return PathFinder.find_spec(name, [str(cls.root)], target) if name in cls.names else None
+
+
+if (_Checkout.root / "pyproject.toml").is_file() and (_Checkout.root / "passes").is_dir():
+    sys.meta_path.append(_Checkout)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from fla_compile.backend import RefusedError

@@ -57,7 +57,8 @@ def fla(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, 
         raise _strict_error(report.refusals)
     if unlift:
         raise dynamo.leave_loops(unlift)
-    return compile_fx(gm, example_inputs, config_patches=dict(chosen.inductor) or None)
+    run: Any = compile_fx(gm, example_inputs, config_patches=dict(chosen.inductor) or None)
+    return run
 
 
 fla.is_fla_backend = True  # type: ignore[attr-defined]

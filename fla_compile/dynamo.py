@@ -38,8 +38,14 @@ class Trace:
     refusals: dict[Refusal, None] = field(default_factory=dict)
 
 
-# Loops not to lift, by compilation: what one compilation refuses another one, of other shapes, may take.
-_left: dict[Any, dict[Site, Refusal]] = {}
+@dataclass
+class Attempts:
+    """What earlier traces of this compilation learnt; another compilation, of other shapes, starts afresh."""
+
+    left: dict[Site, Refusal] = field(default_factory=dict)
+    fixed_floats: bool = False
+
+
 _installed: bool | None = None
 
 
@@ -74,23 +80,26 @@ def _trace_of(context: Any) -> Trace:
     return context.fla_trace
 
 
-def _left_here() -> dict[Site, Refusal]:
-    key = CompileContext.current_compile_id()
-    if key not in _left:
-        _left.clear()
-        _left[key] = {}
-    return _left[key]
+def _attempts() -> Attempts:
+    context = CompileContext.get()  # one object for all traces of a frame
+    if not hasattr(context, "fla_attempts"):
+        context.fla_attempts = Attempts()  # type: ignore[attr-defined]
+    return context.fla_attempts  # type: ignore[attr-defined]
 
 
 def leave_loops(refusals: dict[Site, Refusal]) -> BaseException:
     """The exception that makes Dynamo trace this frame again with these loops unlifted."""
+    _attempts().left.update(refusals)
+    return _trace_again()
+
+
+def _trace_again() -> BaseException:
     from torch._dynamo import exc
 
     class TraceAgain(exc.UnspecializeRestartAnalysis, exc.TensorifyScalarRestartAnalysis):
         """The first base clears Dynamo's speculations, the second is let through when a backend raises it."""
 
-    _left_here().update(refusals)
-    return TraceAgain(restart_reason="fla_compile leaves a loop as it is written")
+    return TraceAgain(restart_reason="fla_compile changed its mind about a loop")
 
 
 def _own_frame(fn: Callable) -> Callable:
@@ -117,7 +126,11 @@ def _inline_twin(original: Callable, parent: Any, func: Any, *args: Any, **kwarg
     options = backend_options(parent.output.compiler_fn)
     if options is None or not options.runs("lift"):
         return original(parent, func, *args, **kwargs)
-    left = _left_here()
+    attempts = _attempts()
+    if attempts.fixed_floats and not torch._dynamo.config.specialize_float:
+        with torch._dynamo.config.patch(specialize_float=True):
+            return _inline_twin(original, parent, func, *args, **kwargs)
+    left = attempts.left
     lifted = lift_loops(fn, skip=frozenset(left))
     trace = _trace_of(parent.output.tracing_context)
     first, last = fn.__code__.co_firstlineno, max((line or 0 for *_, line in fn.__code__.co_lines()), default=0)
@@ -132,6 +145,10 @@ def _inline_twin(original: Callable, parent: Any, func: Any, *args: Any, **kwarg
     except (exc.RestartAnalysis, exc.SkipFrame):
         raise
     except Exception as error:
+        if not attempts.fixed_floats and not_liftable(error) is None:
+            # A Python float that changed between calls becomes symbolic, which a scan does not take: try it constant.
+            attempts.fixed_floats = True
+            raise _trace_again() from error
         raise leave_loops(_why_not(error, lifted.loops)) from error
     finally:
         func.fn = fn

@@ -42,4 +42,7 @@ class Options:
         return cls(**given)
 
     def runs(self, name: str) -> bool:
-        return name not in self.disable and (name != "lift" or self.lift)
+        if name in self.disable:
+            return False
+        # A scan that no pass takes cannot be trained under Inductor: without `recurrence` nothing is lifted.
+        return name != "lift" or (self.lift and "recurrence" not in self.disable)

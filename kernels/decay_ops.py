@@ -10,9 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fla_compile.kernels import decay_cpu
 from fla_compile.kernels.decay_naive import retnet_gamma
-from torch import Tensor
 
 __all__ = ["FAMILIES", "gla", "linear_attention", "retention", "simple_gla", "supports"]
 

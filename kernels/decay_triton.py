@@ -20,6 +20,7 @@ Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:
 import torch
 import triton
 import triton.language as tl
+
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_triton_bwd import chunk_backward
 from fla_compile.kernels.decay_triton_common import (
@@ -176,7 +177,7 @@ def chunk_forward(
         DECAY=KINDS[plan.kind], PRECISION=plan.precision, **plan.options,
     )  # fmt: skip
     with torch.cuda.device_of(q):
-        a = launch_key_scores(plan, q, k, g) if plan.kind == "vector" else None
+        a = launch_key_scores(plan, q, k, g) if g is not None and plan.kind == "vector" else None
         if plan.fused:
             ht = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
             chunk_fused_kernel[(plan.B * plan.H * plan.value_blocks,)](
@@ -184,6 +185,7 @@ def chunk_forward(
             )
             return o, ht
         h, ht = launch_states(plan, k, v, g, h0, final=True)
+        assert ht is not None
         chunk_output_kernel[(plan.B * plan.H * plan.chunks * plan.value_blocks,)](
             q, k, v, g, a, h, o, scale, plan.T, plan.H, **meta
         )

@@ -24,6 +24,7 @@ relative to the first of these rows, against the rows after them relative to the
 import torch
 import triton
 import triton.language as tl
+
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
@@ -381,9 +382,9 @@ def chunk_backward(
             q, do, g, dht, dh, dh0, scale, T, H,
             HAS_DHT=dht is not None, STORE_DH0=dh0 is not None, **blocks, **meta,
         )  # fmt: skip
-        a = launch_key_scores(plan, q, k, g) if plan.kind == "vector" else None
+        a = launch_key_scores(plan, q, k, g) if g is not None and plan.kind == "vector" else None
         chunk_value_grad_kernel[(per_chunk * plan.value_blocks,)](q, k, g, a, do, dh, dv, scale, T, H, **blocks, **meta)
-        if plan.kind == "vector":
+        if g is not None and plan.kind == "vector":
             return dq, dk, dv, launch_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale), dh0
         shares = None if g is None else torch.empty(plan.key_blocks, B, T, H, dtype=torch.float32, device=q.device)
         chunk_query_key_grad_kernel[(per_chunk * plan.key_blocks,)](

@@ -12,10 +12,12 @@ earlier in the chunk costs the later rows no digits.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
 from fla_compile.kernels.decay_configs import Config, configs_for
 
 NO_DECAY = tl.constexpr(0)
@@ -286,7 +288,8 @@ def device_arch(device: torch.device) -> int:
 def shared_limit(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
 
 
 def multiprocessors(device: torch.device) -> int:

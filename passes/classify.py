@@ -99,15 +99,17 @@ def classify(step: Step, prove: Prover) -> Plan:
     updates = {carry: update_of(step, carry) for carry in range(len(step.carries)) if carry not in idle}
     reads: dict[fx.Node, Recurrence] = {}
     post: list[fx.Node] = []
-    for node in dict.fromkeys(step.outputs):
-        if node not in step.stateful:
+    for output in dict.fromkeys(step.outputs):
+        if output not in step.stateful:
             continue
+        node = original(output)  # one read-out that is returned twice is one read-out
         try:
-            if not find_reads(step, node, updates, prove, reads):
+            if not find_reads(step, node, updates, prove, reads) and node not in post:
                 post.append(node)
         except Refused as refused:
             escaped = refused.reason == "state_escapes" and node in step.blocked
-            raise step.blocked[node] if escaped else refused from None
+            refused = step.blocked[node] if escaped else refused
+            raise Refused(refused.reason, refused.detail, refused.source or step.source(output)) from None
     recurrences = list(reads.values())
     for update in updates.values():
         if not any(r.carry == update.carry for r in recurrences):

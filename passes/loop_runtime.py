@@ -10,19 +10,25 @@ changes its shape or dtype, an index outside its axis. Each raises `NotLiftable`
 A state that a helper changes in place, and outputs that alias the state, make `scan` itself refuse in Dynamo.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch._higher_order_ops.scan import scan
 
-QUOTED = r"(?:'([^']*)'|\"([^\"]*)\")"
-RAISED = re.compile(rf"NotLiftable\('([^']*)', {QUOTED}, {QUOTED}\)")
-
 
 class NotLiftable(Exception):
     """Raised while a twin is traced; `args` are the reason, a detail and the loop's "path/file.py:LINE"."""
+
+
+_told: list[tuple[str, str, str]] = []
+
+
+@torch._dynamo.assume_constant_result
+def _tell(reason: str, detail: str, site: str) -> bool:
+    """Dynamo runs this for real while it traces; of an exception that the traced program raises it keeps little."""
+    _told.append((reason, detail, site))
+    return True
 
 
 def not_liftable(error: BaseException) -> tuple[str, str, str] | None:
@@ -31,11 +37,8 @@ def not_liftable(error: BaseException) -> tuple[str, str, str] | None:
     while seen is not None:
         if isinstance(seen, NotLiftable):
             return seen.args[0], seen.args[1], seen.args[2]
-        # Dynamo keeps only the text of an exception that the traced program raised.
-        found = RAISED.search(str(seen))
-        if found:
-            reason, *rest = found.groups(default="")
-            return reason, rest[0] + rest[1], rest[2] + rest[3]
+        if "NotLiftable" in f"{type(seen).__name__} {seen}":
+            return _told[-1] if _told else None
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -48,6 +51,7 @@ class TimeList(NamedTuple):
 
 
 def _fail(reason: str, detail: str, site: str) -> NoReturn:
+    _tell(reason, detail, site)
     raise NotLiftable(reason, detail, site)
 
 

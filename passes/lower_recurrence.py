@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fla_compile.passes.classify import Plan, Recurrence
+from fla_compile.passes.classify import Plan, Recurrence, original
 from fla_compile.passes.log_decay import emit
 from fla_compile.passes.normal_form import Factor, Labels, same_size
 from fla_compile.passes.normalise import Step, shape_of
@@ -78,6 +78,7 @@ class Lowering:
         self.step, self.plan, self.zero_init, self.logs = step, plan, zero_init, tuple(logs)
         self.graph, self.root = fx.Graph(), nn.Module()
         self.node: dict[fx.Node, fx.Node] = {}
+        self.returned: set[fx.Node] = set()
         operands = [*step.carries, *step.reads, *step.invariants]
         self.operands = operands
         for node in operands:
@@ -299,7 +300,11 @@ class Lowering:
 
     def stacked(self, node: fx.Node) -> fx.Node:
         """An output [T, ...]; one that is the same at every step is expanded."""
-        if node in self.step.stateful or node in self.step.timed:
+        if node in self.step.stateful:
+            node, seen = original(node), self.node[original(node)] in self.returned
+            self.returned.add(self.node[node])
+            return self.call(torch.clone, self.node[node]) if seen else self.node[node]
+        if node in self.step.timed:
             return self.node[node]
         shape = [self.length] + [self._extent(s) for s in shape_of(node)]
         return self.graph.call_method("expand", (self.node[node], *shape))
@@ -308,7 +313,7 @@ class Lowering:
         return size if isinstance(size, int) else self._dynamic_size(size)
 
     def core(self, r: Recurrence, final: dict[int, fx.Node]) -> None:
-        step, carry = self.step, self.node[self.step.carries[r.carry]]
+        carry = self.node[self.step.carries[r.carry]]
         dtype = torch.promote_types(
             torch.promote_types(self.factor_dtype(r, r.q), self.factor_dtype(r, r.k)), self.factor_dtype(r, r.v)
         )

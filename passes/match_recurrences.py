@@ -15,7 +15,17 @@ import torch
 from torch import fx
 
 from fla_compile.passes.classify import Plan, classify
-from fla_compile.passes.log_decay import VIEWS, Log, constant_value, emit, log_of, log_of_outer, mutated_roots, op_name, root_of
+from fla_compile.passes.log_decay import (
+    VIEWS,
+    Log,
+    constant_value,
+    emit,
+    log_of,
+    log_of_outer,
+    mutated_roots,
+    op_name,
+    root_of,
+)
 from fla_compile.passes.lower_recurrence import Lowered, Lowering
 from fla_compile.passes.normalise import Step, normalise, short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
@@ -70,7 +80,7 @@ def _written(node: fx.Node) -> bool:
             name = op_name(user)
             if user.target is torch.ops.higher_order.scan:
                 continue
-            if name.endswith("_") or name in ("setitem",) or name.startswith("i") and user.op == "call_function":
+            if name.endswith("_") or name in ("setitem",) or (name.startswith("i") and user.op == "call_function"):
                 return True
             todo.append(user)
     return False

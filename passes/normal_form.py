@@ -245,7 +245,8 @@ def reshape(space: Space, value: Value, shape: Sequence[Any]) -> Value:
 
 def inline(space: Space, value: Value, atom: int, definition: Value) -> Value:
     """Replace every use of `atom` by its definition (two programs may name the same product differently)."""
-    rank, terms = len(value.dims), []
+    rank = len(value.dims)
+    terms: list[Term] = []
     for term in value.terms:
         uses = [factor for factor in term.factors if factor.atom == atom]
         partial = Value(value.dims, (Term(term.coef, tuple(f for f in term.factors if f.atom != atom)),))

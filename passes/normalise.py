@@ -110,6 +110,8 @@ def trace_step(body: fx.GraphModule) -> fx.GraphModule:
     for node in step.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # over all of time a tensor may have other strides
+        elif node.target is aten.sym_size.int:
+            node.op, node.target = "call_method", "size"  # the operator has no batching rule
     step.recompile()
     return step
 

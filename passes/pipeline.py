@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from fla_compile.kernels.decay_ops import supports
-from fla_compile.passes.classify import Plan
+from fla_compile.passes.classify import Plan, written_at
 from fla_compile.passes.match_recurrences import match_recurrences
 from fla_compile.passes.normalise import Step
 from fla_compile.passes.records import Refusal, Refused, Rewrite
@@ -40,7 +40,7 @@ def kernel_for(step: Step, plan: Plan) -> str:
         device = state.device.type
         reason = supports(r.family, device, state.dtype, key_size, value_size)
         if reason is not None:
-            raise Refused("no_kernel", reason, step.source(step.next_carries[r.carry]))
+            raise Refused("no_kernel", reason, written_at(step, r.carry))
         names.append({"cpu": "chunk (matrix products)", "cuda": "chunk (Triton)"}[device])
     return " + ".join(dict.fromkeys(names)) or "parallel"
 

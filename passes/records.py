@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 # Why a captured loop is refused; `loop_analysis.REASONS` says why a loop is not captured. README has both as one table.
 REASONS = {
     "not_captured": "Dynamo cannot trace the loop's body as one step.",

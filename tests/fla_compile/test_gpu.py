@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fla_compile import explain
 from fla_compile.kernels import decay_naive
 

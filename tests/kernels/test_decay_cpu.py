@@ -2,6 +2,7 @@ import pytest
 import torch
 from budget import check_budget
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results, truth_and_eager
+
 from fla_compile.kernels import decay_cpu
 
 SIZES = [Case(family, T) for family in FAMILIES for T in (1, 63, 64, 65)]

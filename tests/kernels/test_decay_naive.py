@@ -1,8 +1,8 @@
 import pytest
 import torch
-from fla_compile.kernels.decay_naive import retnet_gamma
 
 from fla_compile import ops
+from fla_compile.kernels.decay_naive import retnet_gamma
 
 B, T, H, K, V = 2, 5, 3, 4, 6
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from budget import check_budget
 from decay_cases import FAMILIES, Case, make_inputs, truth_and_eager
-from fla_compile.kernels import decay_ops
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fla_compile import ops
+from fla_compile.kernels import decay_ops
 
 OPERATORS = ("linear_attention", "retention", "simple_gla", "gla")
 

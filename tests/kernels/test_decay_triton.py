@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
+
 from fla_compile.kernels import decay_triton, decay_triton_bwd, decay_triton_common  # noqa: E402
 from fla_compile.kernels.decay_configs import KINDS, TABLE, Config, all_configs, configs_for  # noqa: E402
 
@@ -224,10 +225,10 @@ def test_compiles(row, kind, precision):
         assert stack_bytes(compiled) <= STACK[row.nbytes], f"{name}: {stack_bytes(compiled)} bytes of stack"
 
 
-# Every row of the table is met by a family that has code of its own; the first shape by all families.
+# Every row of the table is met by every family; lengths and decays at length by the families with most code.
 SHAPES = {
     torch.bfloat16: [(40, 72), (48, 64), (128, 96), (128, 256), (256, 256)],
-    torch.float16: [(40, 72)],
+    torch.float16: [(40, 72), (128, 96)],
     torch.float32: [(40, 72), (256, 96)],
 }
 DECAYS = ("zero", "weak", "strong", "very_strong", "resets")
@@ -235,6 +236,8 @@ DECAYS = ("zero", "weak", "strong", "very_strong", "resets")
 
 def gpu_cases(family, K, V):
     """One shape at every length and decay, so that kernels are compiled once a shape."""
+    if family in ("linear_attention", "retention") and K != 40:
+        return [Case(family, 130, "weak", B=1, H=2, K=K, V=V)]
     cases = [Case(family, T, "weak", B=2, H=3, K=K, V=V) for T in (1, 63, 64, 65)]
     cases += [Case(family, 130, d, B=1, H=2, K=K, V=V) for d in DECAYS if family != "linear_attention"]
     return [*cases, Case(family, 1000, "weak", B=1, H=2, K=K, V=V)] if K < 64 else cases
@@ -250,7 +253,7 @@ def on_gpu(x):
 def test_gpu(family, dtype, record_property):
     arch = decay_triton_common.device_arch(torch.device("cuda"))
     worst = {}
-    for K, V in SHAPES[dtype][: None if family in ("simple_gla", "gla") else 1]:
+    for K, V in SHAPES[dtype]:
         args = KIND[family], dtype.itemsize, max(K, V), decay_triton_common.shared_limit(torch.device("cuda"))
         launches = [(fused, c) for fused in (False, True) for c in configs_for(arch, ("split", "fused")[fused], *args)]
         for case in gpu_cases(family, K, V):
@@ -305,8 +308,8 @@ def test_gpu_strided_and_absent():
     *grads, dh0 = decay_triton.chunk_backward(q, x.k, v, g, None, SCALE, x.do, None)
     wanted = decay_triton.chunk_backward(x.q, x.k, x.v, g.float(), zero, SCALE, x.do, zero)
     assert dh0 is None
-    for got, y in zip(grads, wanted, strict=False):
-        assert torch.equal(got, y)
+    for got, y in zip(grads, wanted, strict=False):  # other code for absent gradients: other roundings
+        assert (got - y).norm() <= 1e-3 * y.norm()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import einops
 import pytest
 import torch
 import torch.nn.functional as F
-from fla_compile.passes.classify import EQUATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import Passes, assert_refused, assert_rewritten, operands
+
+from fla_compile.passes.classify import EQUATIONS
 
 Case = tuple[Callable, str, Any]
 CASES: list[Any] = []
@@ -121,9 +122,11 @@ def einops_of_merged_heads(q, k, v, g):
     S, o = q.new_zeros(q.shape[0], 2, 4, 6), torch.zeros_like(v)
     a = F.logsigmoid(g)
     for t in range(q.shape[1]):
-        q_t, k_t = einops.rearrange(q[:, t], "b (h k) -> b h k", h=2), einops.rearrange(k[:, t], "b (h k) -> b h k", h=2)
+        q_t = einops.rearrange(q[:, t], "b (h k) -> b h k", h=2)
+        k_t = einops.rearrange(k[:, t], "b (h k) -> b h k", h=2)
         v_t = einops.rearrange(v[:, t], "b (h v) -> b h v", h=2)
-        S = S * einops.rearrange(a[:, t].exp(), "b (h k) -> b h k 1", h=2) + einops.einsum(k_t, v_t, "b h k, b h v -> b h k v")
+        S = S * einops.rearrange(a[:, t].exp(), "b (h k) -> b h k 1", h=2)
+        S = S + einops.einsum(k_t, v_t, "b h k, b h v -> b h k v")
         o[:, t] = einops.rearrange(einops.einsum(q_t, S, "b h k, b h k v -> b h v"), "b h v -> b (h v)")
     return o
 
@@ -622,8 +625,8 @@ def program(io: str, state: str, family: str, spelling: str) -> Callable:
     at, gate_at = io.index("t"), (io if family == "gla" else io.replace("x", "")).index("t")
 
     def fn(q, k, v, *gate):
-        size = dict(zip(q_axes, q.movedim(at, 0)[0].shape, strict=True)) | {"v": v.movedim(at, 0).shape[1 + now.index("x")]}
         q, k, v = (x.movedim(at, 0) for x in (q, k, v))
+        size = dict(zip(q_axes, q[0].shape, strict=True)) | {"v": v[0].shape[now.index("x")]}
         S, outs = q.new_zeros([size[letter] for letter in state]), []
         a = torch.sigmoid(gate[0]).movedim(gate_at, 0) if gate else None
         for t in range(q.shape[0]):
@@ -721,8 +724,8 @@ def negative_decay(q, k, v, g):
 
 def state_kept_at_each_step(q, k, v, g):
     S, states = bare(q, v), []
-    for t in range(q.shape[1]):  # here
-        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+    for t in range(q.shape[1]):
+        S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]  # here
         states.append(S)
     return torch.stack(states, 1)
 

@@ -7,10 +7,11 @@ import traceback
 import pytest
 import torch
 import torch._dynamo
-from fla_compile.passes.lift_loops import lift_loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from fla_compile.passes.lift_loops import lift_loops
 
 B, T, K, V = 2, 6, 3, 4
 

@@ -5,9 +5,10 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from fla_compile.passes.lift_loops import lift_loops
 from fla_compile.passes.loop_analysis import REASONS
-from torch import nn
 
 
 def line_of(fn):

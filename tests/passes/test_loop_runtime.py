@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch._dynamo
+from torch import nn
+
 from fla_compile.passes.lift_loops import lift_loops
 from fla_compile.passes.loop_analysis import REASONS, SILENT
 from fla_compile.passes.loop_runtime import (
@@ -20,7 +22,6 @@ from fla_compile.passes.loop_runtime import (
     time_first,
     write_time,
 )
-from torch import nn
 
 SITE = "user.py:1"
 B, T, K = 2, 6, 3

@@ -43,7 +43,8 @@ def test_one_graph_for_all_lengths(fn, axes, marked, most):
         return compiled(*args)
 
     for length in LENGTHS:
-        assert_same(fn, call, operands(axes, t=length, D=8, E=12))
+        # float64: a norm of a state that is still small magnifies roundings.
+        assert_same(fn, call, operands(axes, t=length, D=8, E=12, dtype=torch.float64))
     assert backend.graphs <= most
     assert all(len(report.rewrites) == 1 and not report.refusals for report in backend.reports)
 
@@ -52,8 +53,8 @@ def test_one_graph_for_all_lengths(fn, axes, marked, most):
 def test_one_graph_for_all_batches_and_lengths(fn, axes):
     backend = Passes()
     compiled = torch.compile(fn, backend=backend, fullgraph=True, dynamic=True)
-    for batch, length in ((2, 7), (3, 5), (5, 9), (4, 2)):
-        assert_same(fn, compiled, operands(axes, b=batch, t=length, D=8, E=12))
+    for batch, length in ((3, 7), (7, 5), (5, 9), (9, 3)):
+        assert_same(fn, compiled, operands(axes, b=batch, t=length, D=8, E=12, dtype=torch.float64))
     assert backend.graphs == 1
     assert backend.report.rewrites and not backend.report.refusals
 

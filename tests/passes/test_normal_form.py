@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from fla_compile.passes import normal_form as nf
-from fla_compile.passes.normal_form import Factor, NoNormalForm, Space, Term, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fla_compile.passes import normal_form as nf
+from fla_compile.passes.normal_form import Factor, NoNormalForm, Space, Term, Value
 
 
 def evaluate(space: Space, value: Value, atoms: list[torch.Tensor]) -> torch.Tensor:
@@ -58,7 +59,7 @@ def step(draw, pair: Pair) -> None:
         result = nf.multiply(space, a, b) if kind == "mul" else nf.add(space, a, b, alpha)
         items.append((result, x * y if kind == "mul" else x + alpha * y))
     elif kind == "sum" and x.dim():
-        axes = draw(st.sets(st.integers(-x.dim(), x.dim() - 1).map(lambda i, n=x.dim(): i % n), min_size=1))
+        axes = draw(st.sets(st.integers(-x.dim(), x.dim() - 1).map(lambda i: i % x.dim()), min_size=1))
         keepdim = draw(st.booleans())
         items.append((nf.reduce_sum(space, a, axes, keepdim), x.sum(tuple(axes), keepdim=keepdim)))
     elif kind == "permute":
@@ -108,7 +109,8 @@ def test_random_einsums(data):
     def product(order: list[int], letters: list[str]) -> Value:
         total = space.constant(1.0, ())
         for i in order:
-            value = nf.permute(space.atom(i, atoms[i].shape), sorted(range(2), key=lambda j: letters.index(parts[i][j])))
+            order_of = sorted(range(2), key=lambda j, part=parts[i]: letters.index(part[j]))
+            value = nf.permute(space.atom(i, atoms[i].shape), order_of)
             full = [size[c] if c in parts[i] else 1 for c in letters]
             total = nf.multiply(space, total, nf.reshape(space, value, full))
         total = nf.reduce_sum(space, total, [letters.index(c) for c in letters if c not in output], keepdim=False)
@@ -127,11 +129,12 @@ def test_one_polynomial_in_four_spellings():
     space = Space()
     shapes = {"q": (2, 3), "S": (2, 3, 4)}
     q, S = (space.atom(i, shape) for i, shape in enumerate(shapes.values()))
+    wide = nf.expand(space, nf.reshape(space, q, (2, 3, 1)), (2, 3, 4))
     spellings = [
         nf.reduce_sum(space, nf.multiply(space, nf.reshape(space, q, (2, 3, 1)), S), [1], keepdim=False),
         nf.reshape(space, nf.contract(space, nf.reshape(space, q, (2, 1, 3)), S, batch=1), (2, 4)),
         nf.reduce_sum(space, nf.multiply(space, nf.permute(S, (2, 0, 1)), q), [2], keepdim=False),
-        nf.reduce_sum(space, nf.multiply(space, S, nf.expand(space, nf.reshape(space, q, (2, 3, 1)), (2, 3, 4))), [-2], False),
+        nf.reduce_sum(space, nf.multiply(space, S, wide), [-2], keepdim=False),
     ]
     spellings[2] = nf.permute(spellings[2], (1, 0))
     forms = [[(nf.canonical(t, v.dims), t.coef) for t in v.terms] for v in spellings]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fla_compile import dynamo
 from fla_compile.backend import report_on
 from fla_compile.options import Options
@@ -70,7 +71,9 @@ def outcome(fn: Callable, args: Sequence[Any]) -> tuple[list[torch.Tensor], list
 
 def assert_same(fn: Callable, compiled: Callable, args: Sequence[Any], tolerance: float | None = None) -> None:
     """`compiled` gives the values and gradients of `fn`."""
-    for name, got, want in zip(("value", "gradient"), outcome(compiled, args), outcome(fn, args), strict=True):
+    (values, slopes), (true_values, true_slopes) = outcome(compiled, args), outcome(fn, args)
+    pairs: list[tuple[str, Sequence, Sequence]] = [("value", values, true_values), ("gradient", slopes, true_slopes)]
+    for name, got, want in pairs:
         assert len(got) == len(want)
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             if a is None or b is None:
