@@ -54,7 +54,8 @@ class Report:
         parts.append(f"<h1>{len(self.rewrites)} rewritten, {len(self.refusals)} refused</h1>")
         parts.append(_html_table(Rewrite, self.rewrites) + _html_table(Refusal, self.refusals))
         for which in ("before", "after"):
-            parts.append(f"<details><summary>graph {which}</summary><pre>{html.escape(self.graph(which))}</pre></details>")
+            source = html.escape(self.graph(which))
+            parts.append(f"<details><summary>graph {which}</summary><pre>{source}</pre></details>")
         target = Path(path)
         target.write_text("\n".join(parts), encoding="utf-8")
         return target

@@ -141,9 +141,8 @@ def canonical(term: Term, dims: tuple[Labels, ...]) -> tuple:
     keys = []
     for order in permutations(range(len(summed))):
         names = place | {label: (1, rank, 0) for label, rank in zip(summed, order, strict=True)}
-        keys.append(
-            tuple(sorted((f.atom, tuple(tuple(names[label] for label in axis) for axis in f.axes)) for f in term.factors))
-        )
+        factors = ((f.atom, tuple(tuple(names[label] for label in axis) for axis in f.axes)) for f in term.factors)
+        keys.append(tuple(sorted(factors)))
     return min(keys)
 
 

@@ -147,7 +147,7 @@ class Claim:
 
 
 def validate(claim: Claim) -> float:
-    """The largest relative error between loop and replacement; raises `Refused("validation_failed")` beyond tolerance."""
+    """The largest relative error of the replacement; raises `Refused("validation_failed")` beyond tolerance."""
     own = [x.dtype for x in claim.fakes if isinstance(x, torch.Tensor) and x.dtype in TOLERANCE]
     own += [value for node in claim.body.graph.nodes for value in node.args if isinstance(value, torch.dtype)]
     narrowest = max((d for d in own if d in TOLERANCE), key=lambda d: TOLERANCE[d], default=torch.float32)

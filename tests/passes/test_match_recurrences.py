@@ -244,8 +244,8 @@ def test_a_kernel_that_refuses(monkeypatch):
 
     def fn(q, k, v, g):
         S, o = bare(q, v), torch.zeros_like(v)
-        for t in range(q.shape[1]):  # here
-            S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        for t in range(q.shape[1]):
+            S = S * torch.sigmoid(g[:, t])[..., None] + k[:, t][..., None] * v[:, t][..., None, :]  # here
             o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
         return o
 
