@@ -183,6 +183,7 @@ def install() -> bool:
 
 
 def _hook() -> None:
+    import torch._higher_order_ops.partitioner as partitioner
     from torch._dynamo import exc
     from torch._dynamo.eval_frame import _TorchDynamoContext, innermost_backend
     from torch._dynamo.symbolic_convert import InliningInstructionTranslator
@@ -206,6 +207,8 @@ def _hook() -> None:
                 fn = _own_frame(fn)
         return decorate(self, fn)
 
+    # torch 2.11 left this logger at DEBUG, which prints the graphs of every scan.
+    logging.getLogger(partitioner.__name__).setLevel(logging.NOTSET)
     InliningInstructionTranslator.inline_call = classmethod(inline_call)  # type: ignore[assignment]
     _TorchDynamoContext.__call__ = call  # type: ignore[method-assign]
 
