@@ -27,6 +27,7 @@ from fla_compile.passes.normalise import short_source
 from fla_compile.passes.records import Refusal
 
 log = logging.getLogger("fla_compile")
+NO_USER_CODE = ("torch.", "einops.", "fla_compile.passes.", "fla_compile.dynamo")
 Site = tuple[str, int]  # file name and line of a `for`
 
 
@@ -121,7 +122,7 @@ def _inline_twin(original: Callable, parent: Any, func: Any, *args: Any, **kwarg
     fn = getattr(func, "fn", None)
     if not isinstance(func, UserFunctionVariable) or not isinstance(fn, FunctionType):
         return original(parent, func, *args, **kwargs)
-    if (fn.__module__ or "").split(".")[0] in ("torch", "fla_compile", "einops"):
+    if (fn.__module__ or "").startswith(NO_USER_CODE):
         return original(parent, func, *args, **kwargs)
     options = backend_options(parent.output.compiler_fn)
     if options is None or not options.runs("lift"):

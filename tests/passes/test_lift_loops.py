@@ -287,17 +287,6 @@ def test_values_and_gradients_are_eager_and_one_scan_is_flat_in_time(fn):
     assert short.scans == long.scans == [scans] and short.sizes == long.sizes
 
 
-@pytest.mark.parametrize(
-    "fn, steps",
-    [(rebound, T), (rebound, 1), (in_place, T), (kept_states, T), (static_branch, T)],
-    ids=lambda x: getattr(x, "__name__", x),
-)
-def test_torch_can_differentiate_the_scan(fn, steps):
-    twin = twin_of(fn)
-    torch._dynamo.reset()
-    check_against_eager(torch.compile(lambda *x: twin(*x), backend="aot_eager", fullgraph=True), fn, steps)
-
-
 @pytest.mark.parametrize("fn", [rebound, in_place, time_first, sub_range], ids=lambda f: f.__name__)
 def test_one_graph_for_all_lengths(fn):
     compiled = Graphs(twin_of(fn))
