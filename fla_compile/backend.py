@@ -33,8 +33,9 @@ def _strict_error(refusals: tuple[Refusal, ...]) -> RefusedError:
 def report_on(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -> tuple[Report, dict]:
     """Run the passes on `gm` in place; returns the report and the lifted loops that were refused, by place."""
     trace = dynamo.current_trace()
+    dynamo.want_fixed_floats(gm)
     with dynamo.untraced():
-        result = run_passes(gm, example_inputs, options=options)
+        result = run_passes(gm, options=options)
     refusals = tuple(trace.refusals) + tuple(refusal for refusal, _ in result.refusals)
     for refusal in refusals:
         level = logging.WARNING if refusal.reason == "validation_failed" else logging.INFO

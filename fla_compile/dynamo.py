@@ -103,6 +103,17 @@ def _trace_again() -> BaseException:
     return TraceAgain(restart_reason="fla_compile changed its mind about a loop")
 
 
+def want_fixed_floats(gm: torch.fx.GraphModule) -> None:
+    """Trace again with constant Python floats if one that changed between calls became an operand of a loop."""
+    attempts = _attempts() if CompileContext.try_get() is not None else Attempts(fixed_floats=True)
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
+        for operand in node.args[3]:
+            value = operand.meta.get("example_value") if isinstance(operand, torch.fx.Node) else operand
+            if isinstance(value, torch.SymFloat) and not attempts.fixed_floats:
+                attempts.fixed_floats = True
+                raise _trace_again()
+
+
 def _own_frame(fn: Callable) -> Callable:
     """A wrapper with a code object of its own: Dynamo keeps compiled code, and its limits, by code object."""
 

@@ -129,7 +129,8 @@ def unchanged(step: Step, carry: int) -> bool:
     for output in step.outputs:
         if output in step.blocked or (output in step.values and atom in step.values[output].atoms):
             return False
-    return all(atom not in step.values[n].atoms for n in step.next_carries if n is not step.next_carries[carry])
+    others = [n for n in step.next_carries if n is not step.next_carries[carry]]
+    return all(n in step.values and atom not in step.values[n].atoms for n in others)
 
 
 def original(node: fx.Node) -> fx.Node:

@@ -61,6 +61,8 @@ def log_of(node: Any, operand: Callable[[fx.Node], Log | None]) -> Log | None:
     name, args = op_name(node), node.args
     if node.op == "placeholder":
         return operand(node)
+    if node.kwargs and name not in VIEWS | CASTS and constant_value(node) is None:
+        return None  # a rounding mode, an `out`
     if name == "exp":
         return Log("node", (args[0],), "exp")
     if name == "exp2":
@@ -85,7 +87,7 @@ def log_of(node: Any, operand: Callable[[fx.Node], Log | None]) -> Log | None:
     if name in VIEWS and _is_tensor(args[0]):
         base = log_of(args[0], operand)
         return Log("view", (node, base), base.proof) if base is not None else None
-    if name in CASTS and _device(node) == _device(args[0]):
+    if name in CASTS and _device(node) == _device(args[0]) and _is_float(node) and _is_float(args[0]):
         return log_of(args[0], operand)
     constant = constant_value(node)
     if constant is not None and bool((constant > 0).all()) and bool(torch.isfinite(constant).all()):
@@ -99,12 +101,19 @@ def _one_minus(node: fx.Node) -> fx.Node | None:
 
 
 def _is_tensor(node: Any) -> bool:
-    value = node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
-    return isinstance(value, torch.Tensor)
+    return isinstance(_value(node), torch.Tensor)
+
+
+def _is_float(node: Any) -> bool:
+    return _is_tensor(node) and _value(node).dtype.is_floating_point
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
 
 
 def _device(node: Any) -> Any:
-    return node.meta.get("val", node.meta.get("example_value")).device if _is_tensor(node) else None
+    return _value(node).device if _is_tensor(node) else None
 
 
 def root_of(node: fx.Node) -> fx.Node:
@@ -112,53 +121,6 @@ def root_of(node: fx.Node) -> fx.Node:
     while op_name(node) in VIEWS and node.all_input_nodes and _is_tensor(node.args[0]):
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def mutated_roots(graph: fx.Graph) -> set[fx.Node]:
-    """Roots of all tensors that some node of this graph writes to; Dynamo's graphs keep in-place operations."""
-    roots: set[fx.Node] = set()
-    for node in graph.nodes:
-        name = op_name(node)
-        writes = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-        writes |= node.op == "call_function" and (name == "setitem" or getattr(operator, name, None) in _IN_PLACE)
-        writes |= node.op == "call_function" and name.endswith("_") and not name.endswith("__")
-        writes |= bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
-        schema = getattr(node.target, "_schema", None)
-        writes |= schema is not None and schema.is_mutable
-        if writes:
-            roots.update(root_of(used) for used in node.all_input_nodes)
-    return roots
-
-
-_IN_PLACE = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul, operator.iand,
-    operator.ior, operator.ixor, operator.ifloordiv, operator.imod, operator.ilshift, operator.irshift,
-}  # fmt: skip
-
-
-def log_of_outer(node: fx.Node) -> Log | None:
-    """`log_of` in the graph around the loop, where a later in-place write to any tensor on the way spoils the proof."""
-    log = log_of(node, lambda _: None)
-    if log is None:
-        return None
-    mutated = mutated_roots(node.graph)
-    todo, seen = [node], set()
-    while todo:
-        here = todo.pop()
-        if here in seen:
-            continue
-        seen.add(here)
-        if root_of(here) in mutated:
-            return None
-        if here not in _leaves(log):
-            todo.extend(here.all_input_nodes)
-    return log
-
-
-def _leaves(log: Log) -> set[fx.Node]:
-    if log.op in ("node", "logsigmoid", "logsigmoid_negative", "log"):
-        return {arg for arg in log.args if isinstance(arg, fx.Node)}
-    return set().union(*(_leaves(arg) for arg in log.args if isinstance(arg, Log)))
 
 
 def constant_value(node: fx.Node) -> torch.Tensor | None:
@@ -176,7 +138,7 @@ def constant_value(node: fx.Node) -> torch.Tensor | None:
         if not here.all_input_nodes and op_name(here) not in CREATION:
             return None
         todo.extend(here.all_input_nodes)
-    fake = node.meta.get("val", node.meta.get("example_value"))
+    fake = _value(node)
     if not isinstance(fake, torch.Tensor) or not all(isinstance(s, int) for s in fake.shape):
         return None
     if fake.numel() > MAX_CONSTANT or not fake.dtype.is_floating_point:
@@ -197,6 +159,8 @@ def emit(log: Log, graph: fx.Graph) -> fx.Node | float:
     args = log.args
     if log.op in ("number", "node"):
         return args[0]
+    if args and _is_float(args[0]) and _value(args[0]).dtype in (torch.float16, torch.bfloat16):
+        args = (graph.call_method("to", (args[0], torch.float32)), *args[1:])
     if log.op == "logsigmoid":
         return graph.call_function(torch.nn.functional.logsigmoid, (args[0],))
     if log.op == "logsigmoid_negative":

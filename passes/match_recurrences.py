@@ -7,7 +7,7 @@ then keeps its scan, and the caller decides what becomes of it.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,11 @@ from fla_compile.passes.log_decay import (
     constant_value,
     emit,
     log_of,
-    log_of_outer,
-    mutated_roots,
     op_name,
     root_of,
 )
 from fla_compile.passes.lower_recurrence import Lowered, Lowering
+from fla_compile.passes.memory import memory, written
 from fla_compile.passes.normalise import Step, normalise, short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.validate import Claim, validate
@@ -63,27 +62,57 @@ class Found:
     validation_seconds: float = 0.0
 
 
-def scans(gm: fx.GraphModule) -> list[Scan]:
-    found = []
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
-        body, init, reads, invariants = node.args[:4]
-        zero = tuple(op_name(root_of(n)) in ZEROS and not _written(root_of(n)) for n in init)
-        found.append(Scan(node, getattr(gm, body.target), tuple(init), tuple(reads), tuple(invariants), zero))
+def inner_scans(gm: fx.GraphModule) -> list[fx.Node]:
+    """The scans of all graphs inside this one."""
+    inner = [child for child in gm.modules() if isinstance(child, fx.GraphModule)]
+    return [node for child in inner for node in scan_nodes(child)]
+
+
+def nested_graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """This graph and those of its regions (activation checkpoints and the like), bodies of scans excepted."""
+    found = [gm]
+    bodies = {node.args[0].target for node in scan_nodes(gm)}
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule) and name not in bodies:
+            found += nested_graphs(child)
     return found
 
 
-def _written(node: fx.Node) -> bool:
-    """Could the tensor that `node` creates be changed before the loop? Only plain reads of it are known not to."""
-    todo = [node]
+def scan_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    return gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
+
+
+def take_apart(gm: fx.GraphModule, node: fx.Node) -> Scan:
+    body, init, reads, invariants = node.args[:4]
+    changed = written(gm.graph, before=node)
+    zero = tuple(op_name(root_of(n)) in ZEROS and not memory(root_of(n)) & changed for n in init)
+    return Scan(node, getattr(gm, body.target), tuple(init), tuple(reads), tuple(invariants), zero)
+
+
+def log_of_outer(node: fx.Node) -> Log | None:
+    """`log_of` in the graph around the loop, where an in-place write to any tensor on the way spoils the proof."""
+    log = log_of(node, lambda _: None)
+    if log is None:
+        return None
+    changed, leaves = written(node.graph), proof_leaves(log)
+    todo, seen = [node], set()
     while todo:
-        for user in todo.pop().users:
-            name = op_name(user)
-            if user.target is torch.ops.higher_order.scan:
-                continue
-            if name.endswith("_") or name in ("setitem",) or (name.startswith("i") and user.op == "call_function"):
-                return True
-            todo.append(user)
-    return False
+        here = todo.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if memory(here) & changed:
+            return None
+        if here not in leaves:
+            todo.extend(here.all_input_nodes)
+    return log
+
+
+def proof_leaves(log: Log) -> set[fx.Node]:
+    """Where a proof ends: tensors of any value. Constants are no end, all that made them counts."""
+    if log.op in ("node", "logsigmoid", "logsigmoid_negative"):
+        return {arg for arg in log.args if isinstance(arg, fx.Node)}
+    return set().union(*(proof_leaves(arg) for arg in log.args if isinstance(arg, Log)))
 
 
 def prover(step: Step, scan: Scan) -> tuple[Callable[[fx.Node], Log | None], dict[int, Log]]:
@@ -109,21 +138,23 @@ def prover(step: Step, scan: Scan) -> tuple[Callable[[fx.Node], Log | None], dic
 
 
 def check_memory(scan: Scan) -> None:
-    """Refuse a loop one of whose operands shares memory with another argument that the program writes to.
+    """Refuse a loop that reads an argument which the program writes to, where that could be seen.
 
     The lifted loop reads all of its operands before anything is written; the loop as written may see its own writes.
     """
-    written = {_memory(root) for root in mutated_roots(scan.node.graph) if root.op == "placeholder"} - {None}
+    graph = scan.node.graph
+    changed = written(graph)
     roots = {root_of(n) for n in (*scan.init, *scan.reads) if isinstance(n, fx.Node)}
-    others = [r for r in scan.node.graph.find_nodes(op="placeholder") if r not in roots and _memory(r) in written]
+    arguments = [r for r in graph.find_nodes(op="placeholder") if memory(r) & changed]
     for root in roots:
-        if root.op == "placeholder" and any(_memory(other) == _memory(root) for other in others):
+        if root.op == "placeholder" and any(memory(r) & memory(root) for r in arguments if r is not root):
             raise Refused("mutates_input", "the program writes to memory that the loop reads under another name")
-
-
-def _memory(node: fx.Node) -> int | None:
-    value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    tensors = [n for n in scan.operands if isinstance(n, fx.Node)]
+    if any(getattr(n.meta.get("example_value"), "requires_grad", False) for n in tensors):
+        # The kernel's backward needs its operands; what an argument held before a write is gone by then.
+        held = frozenset[int]().union(*(memory(n) for n in tensors))
+        if any(memory(r) & held for r in arguments):
+            raise Refused("mutates_input", "the program writes to an argument that the loop's gradient needs")
 
 
 def recognise(scan: Scan) -> tuple[Step, Plan, dict[int, Log]]:
@@ -151,8 +182,11 @@ def splice(gm: fx.GraphModule, scan: Scan, lowered: Lowered, outer: dict[int, Lo
     """Put the module's nodes in place of the scan; returns how many there are."""
     graph, inner = gm.graph, lowered.module.graph
     known = set(graph.nodes)
+    changed = written(graph)
     with graph.inserting_before(scan.node):
-        values = [*scan.operands, *(emit(outer[index], graph) for index in lowered.logs)]
+        # The kernel may keep an operand for its backward where the loop kept only what it computed from it.
+        operands = [graph.call_method("clone", (n,)) if memory(n) & changed else n for n in scan.operands]
+        values = [*operands, *(emit(outer[index], graph) for index in lowered.logs)]
         env = dict(zip(inner.find_nodes(op="placeholder"), values, strict=True))
         for name, child in lowered.module.named_children():
             target = f"{name}_of_{scan.node.name}"
@@ -180,11 +214,16 @@ def splice(gm: fx.GraphModule, scan: Scan, lowered: Lowered, outer: dict[int, Lo
 
 
 def match_recurrences(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, validated: bool = True, kernel: Callable[[Step, Plan], str]
+    gm: fx.GraphModule, *, validated: bool = True, kernel: Callable[[Step, Plan], str]
 ) -> Found:
     """Rewrite every recognised scan of `gm`, in place; `kernel` names the kernel of a plan or raises `Refused`."""
     found = Found()
-    for scan in scans(gm):
+    for node in scan_nodes(gm):
+        scan = take_apart(gm, node)
+        if inner_scans(scan.body):
+            refused = Refused("unknown_recurrence", "the loop has another loop inside")
+            found.refusals.append((refused.record("recurrence", short_source(scan.place)), scan))
+            continue
         source = short_source(scan.place)
         try:
             step, plan, outer = recognise(scan)

@@ -184,6 +184,8 @@ def opaque_where_mixed(step: Step, node: fx.Node, value: Value) -> Value:
 
 def of(step: Step, x: Any) -> Value:
     if isinstance(x, fx.Node):
+        if x not in step.values:
+            raise NoNormalForm(f"a number that changes from call to call ({x.meta.get('val')})")
         return step.values[x]
     if isinstance(x, int | float):
         return step.space.constant(float(x), ())

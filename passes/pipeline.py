@@ -1,14 +1,13 @@
 """The order of the passes over a captured graph, one line each; lifting comes before, while Dynamo traces."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import fx
 
 from fla_compile.kernels.decay_ops import supports
 from fla_compile.passes.classify import Plan, written_at
-from fla_compile.passes.match_recurrences import match_recurrences
+from fla_compile.passes.match_recurrences import match_recurrences, nested_graphs
 from fla_compile.passes.normalise import Step
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 
@@ -45,14 +44,15 @@ def kernel_for(step: Step, plan: Plan) -> str:
     return " + ".join(dict.fromkeys(names)) or "parallel"
 
 
-def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Switches) -> Result:
+def run_passes(gm: fx.GraphModule, *, options: Switches) -> Result:
     """Rewrite `gm` in place."""
     before = gm.print_readable(print_output=False)
     rewrites, refusals, seconds = [], [], 0.0
     if options.runs("recurrence"):
-        found = match_recurrences(gm, example_inputs, validated=options.validate, kernel=kernel_for)
-        rewrites += found.rewrites
-        refusals += [(refusal, scan.place) for refusal, scan in found.refusals]
-        seconds += found.validation_seconds
+        for region in nested_graphs(gm):
+            found = match_recurrences(region, validated=options.validate, kernel=kernel_for)
+            rewrites += found.rewrites
+            refusals += [(refusal, scan.place) for refusal, scan in found.refusals]
+            seconds += found.validation_seconds
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), before, after, seconds)

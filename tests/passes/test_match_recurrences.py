@@ -6,7 +6,7 @@ from programs import Passes, assert_refused, assert_rewritten, assert_same, oper
 from torch._higher_order_ops.scan import scan
 
 from fla_compile.options import Options
-from fla_compile.passes.match_recurrences import scans
+from fla_compile.passes.match_recurrences import scan_nodes, take_apart
 
 
 def bare(q, v):
@@ -256,7 +256,7 @@ def test_scans_are_taken_apart():
     found = []
 
     def backend(gm, example_inputs):
-        found.extend(scans(gm))
+        found.extend(take_apart(gm, node) for node in scan_nodes(gm))
         return gm.forward
 
     with torch.no_grad():
@@ -274,3 +274,92 @@ def test_disabled():
         got = torch.compile(recur, backend=backend, fullgraph=True)(*args)
     torch.testing.assert_close(got, recur(*args), rtol=2e-5, atol=2e-5)
     assert backend.report.rewrites == () and backend.report.refusals == ()
+
+
+def chained(q, k, v, g, S):
+    for _ in range(2):
+        o, S = recur_from(q, k, v, g.exp(), S)
+    return o, S
+
+
+def recur_from(q, k, v, a, S):
+    o = torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        S = S * a[:, t][..., None] + k[:, t][..., None] * v[:, t][..., None, :]
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return o, S
+
+
+def decay_changed_under_another_name(q, k, v, g, S):
+    g = g * 1
+    a = g.exp()
+    g.detach().mul_(2)
+    return recur_from(q, k, v, a, S)
+
+
+def decay_changed_by_parts(q, k, v, g, S):
+    a = g.sigmoid()
+    for part in a.unbind(2):
+        part.mul_(0.3)
+    return recur_from(q, k, v, a, S)
+
+
+def constant_changed(q, k, v, g, S):
+    c = torch.zeros(q.shape[-1])
+    c[0] = -0.5
+    return recur_from(q, k, v, (c + 0.7).expand_as(q), S)
+
+
+def zeros_filled(q, k, v, g, S):
+    S = torch.zeros_like(S)
+    torch.full(S.shape, 2.0, out=S)
+    return recur_from(q, k, v, g.exp(), S)
+
+
+def rounded_to_integers(q, k, v, g, S):
+    return recur_from(q, k, v, g.exp().mul(3).to(torch.int32).float() * 0.1, S)
+
+
+def argument_changed_after(q, k, v, g, S):
+    o, S = recur_from(q, k, v, g.exp(), S)
+    k.zero_()
+    return o, S
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        chained, decay_changed_under_another_name, decay_changed_by_parts, constant_changed, zeros_filled,
+        rounded_to_integers, argument_changed_after,
+    ],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "q has a gradient"])
+def test_memory_written_around_the_loop(fn, grad):
+    torch.manual_seed(0)
+    fresh = [x.detach() for x in operands("bthk bthk bthv bthk bhkv")]
+
+    def run(f):
+        args = [x.clone() for x in fresh]
+        args[0].requires_grad_(grad)
+        o, S = f(*args)
+        return o, S, *args[1:], *(torch.autograd.grad((o * o).sum(), args[0]) if grad else ())
+
+    backend = Passes(then="aot_eager")
+    for got, want in zip(run(torch.compile(fn, backend=backend, fullgraph=True)), run(fn), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert backend.report.rewrites or backend.report.refusals
+
+
+def test_number_that_changes():
+    def fn(q, k, v, gamma):
+        S, o = bare(q, v), torch.zeros_like(v)
+        for t in range(q.shape[1]):
+            S = S * gamma + k[:, t][..., None] * v[:, t][..., None, :]
+            o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        return o
+
+    args = [x.detach() for x in operands("bthk bthk bthv")]
+    compiled = torch.compile(fn, backend=Passes(), fullgraph=True)
+    for gamma in (0.9, 0.8, 2, 3, 0.7):
+        torch.testing.assert_close(compiled(*args, gamma), fn(*args, gamma), rtol=1e-4, atol=1e-5)
