@@ -38,7 +38,7 @@ CHUNK = 64
 MILD = 16.0
 
 # Elements of one operand that are worked on together: a slab and its temporaries should stay in cache.
-SLAB = 1 << 19
+SLAB = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
