@@ -4,17 +4,37 @@ from fla_compile.kernels.decay_naive import (
     naive_gla,
     naive_linear_attention,
     naive_retention,
+    naive_rwkv6,
     naive_simple_gla,
 )
 from fla_compile.kernels.decay_ops import gla, linear_attention, retention, simple_gla
+from fla_compile.kernels.delta_naive import naive_delta_rule, naive_dplr, naive_gated_delta_rule, naive_kda
+from fla_compile.kernels.delta_ops import delta_rule, dplr, gated_delta_rule, kda
+from fla_compile.kernels.linear_scan import linear_scan, naive_linear_scan
+from fla_compile.kernels.rwkv6_ops import rwkv6
+from fla_compile.kernels.selective_scan import naive_selective_scan, selective_scan
 
 __all__ = [
+    "delta_rule",
+    "dplr",
+    "gated_delta_rule",
     "gla",
+    "kda",
     "linear_attention",
+    "linear_scan",
+    "naive_delta_rule",
+    "naive_dplr",
+    "naive_gated_delta_rule",
     "naive_gla",
+    "naive_kda",
     "naive_linear_attention",
+    "naive_linear_scan",
     "naive_retention",
+    "naive_rwkv6",
+    "naive_selective_scan",
     "naive_simple_gla",
     "retention",
+    "rwkv6",
+    "selective_scan",
     "simple_gla",
 ]

@@ -1,21 +1,30 @@
 """The decayed outer product, one time step after another: the definition that every other form must equal.
 
-    S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t        a_t = exp(g_t)
+    S_t = diag(a_t) S_{t-1} diag(w_t) + k_t v_t^T        o_t = scale * S_t^T q_t        a_t = exp(g_t)
 
     family              g               paper
     linear_attention    none            Katharopoulos et al. 2020, arXiv:2006.16236
     retention           [H]             RetNet, arXiv:2307.08621
     simple_gla          [B, T, H]       one gate per head and step, as in Mamba-2, arXiv:2405.21060
     gla                 [B, T, H, K]    Gated linear attention, arXiv:2312.06635
+    rwkv6               [B, T, H, K]    RWKV-6, arXiv:2404.05892: reads S_{t-1} + diag(u) k_t v_t^T instead
 
+w_t = exp(gv_t), with gv [B, T, H, V], is one but in gla, where it may take a_t's place or stand beside it.
 q and k are [B, T, H, K], v and o are [B, T, H, V], the state is [B, H, K, V]. Narrow operands are computed in
-float32, float64 operands in float64. All four are differentiable by autograd.
+float32, float64 operands in float64. All are differentiable by autograd.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["naive_gla", "naive_linear_attention", "naive_retention", "naive_simple_gla", "retnet_gamma"]
+__all__ = [
+    "naive_gla",
+    "naive_linear_attention",
+    "naive_retention",
+    "naive_rwkv6",
+    "naive_simple_gla",
+    "retnet_gamma",
+]
 
 
 def retnet_gamma(heads: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,15 +81,35 @@ def naive_gla(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    g: Tensor | None = None,
+    gv: Tensor | None = None,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, g [B, T, H, K]."""
+    """S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T, g [B, T, H, K] or gv [B, T, H, V] or both."""
+    if g is None and gv is None:
+        raise ValueError("gla needs a gate: g over keys, gv over values, or both; linear_attention has none")
+    a, w = (None if x is None else x.to(_wide(q.dtype)).exp() for x in (g, gv))
+    return _recur(q, k, v, a, scale, initial_state, output_final_state, w=w)
+
+
+def naive_rwkv6(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    u: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = scale * (S_{t-1} + diag(u) k_t v_t^T)^T q_t, u [H, K] or None."""
     a = g.to(_wide(q.dtype)).exp()
-    return _recur(q, k, v, a, scale, initial_state, output_final_state)
+    u = q.new_zeros(q.shape[2:], dtype=_wide(q.dtype)) if u is None else u.to(_wide(q.dtype))
+    return _recur(q, k, v, a, scale, initial_state, output_final_state, u=u)
 
 
 def _recur(
@@ -91,6 +120,9 @@ def _recur(
     scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
+    *,
+    w: Tensor | None = None,  # [B, T, H, V]
+    u: Tensor | None = None,  # [H, K]; given, the state is read before the update
 ) -> tuple[Tensor, Tensor | None]:
     B, T, H, K = q.shape
     dtype = _wide(q.dtype)
@@ -103,12 +135,16 @@ def _recur(
         S = initial_state.to(dtype, copy=True)
     o = []
     # unbind, not q[:, t]: the backward of T slices would write T whole tensors
-    steps = zip(q.unbind(1), k.unbind(1), v.unbind(1), [None] * T if a is None else a.unbind(1), strict=True)
-    for q_t, k_t, v_t, a_t in steps:
+    factors = ([None] * T if x is None else x.unbind(1) for x in (a, w))
+    for q_t, k_t, v_t, a_t, w_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), *factors, strict=True):
+        update = k_t[:, :, :, None] * v_t[:, :, None, :]
+        read = None if u is None else S + u[:, :, None] * update
         if a_t is not None:
             S = S * a_t[:, :, :, None]
-        S = S + k_t[:, :, :, None] * v_t[:, :, None, :]
-        o.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S))
+        if w_t is not None:
+            S = S * w_t[:, :, None, :]
+        S = S + update
+        o.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, S if read is None else read))
     return torch.stack(o, dim=1).to(out_dtype), S if output_final_state else None
 
 

@@ -1,9 +1,12 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from budget import check_budget
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results, truth_and_eager
 
-from fla_compile.kernels import decay_cpu
+from fla_compile.kernels import decay_cpu, decay_factors, decay_layout
 
 SIZES = [Case(family, T) for family in FAMILIES for T in (1, 63, 64, 65)]
 SIZES += [Case(family, 1000, B=1, H=2, K=16, V=24) for family in FAMILIES]
@@ -60,7 +63,7 @@ def test_slabs_change_nothing(family, monkeypatch):
     case = Case(family, 65, decay="weak")
     _, whole = _results(case, torch.float64)
     for slab in (1, 65 * 40, 65 * 40 * 3):
-        monkeypatch.setattr(decay_cpu, "SLAB", slab)
+        monkeypatch.setattr(decay_layout, "SLAB", slab)
         _, parts = _results(case, torch.float64)
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-12, atol=1e-12)
@@ -69,8 +72,8 @@ def test_slabs_change_nothing(family, monkeypatch):
 @pytest.mark.parametrize("leaf", [1, 2, 4, 8, 16, 32, 64])
 def test_every_leaf_size_is_chosen_and_right(leaf):
     x = make_inputs(Case("gla", 64, "zero", B=1), torch.float64)
-    x.g.fill_(-decay_cpu.MILD / (leaf / 2) if leaf > 1 else -2 * decay_cpu.MILD)
-    assert decay_cpu._leaf_size(x.g.transpose(1, 2)) == leaf
+    x.g.fill_(-decay_factors.MILD / (leaf / 2) if leaf > 1 else -2 * decay_factors.MILD)
+    assert decay_factors.decays(x.g.transpose(1, 2).unsqueeze(2), 64).leaf == leaf
     got = decay_cpu.chunk_backward(x.q, x.k, x.v, x.g, x.h0, 0.3, x.do, x.dht)
     truth = naive_results(Case("gla", 64, B=1), x, torch.float64)
     for name, y in zip(NAMES[2:], got, strict=True):
@@ -102,6 +105,48 @@ def test_rows_do_not_see_the_future():
 def test_twice_is_bitwise_the_same(case):
     (_, first), (_, second) = _results(case, torch.float32), _results(case, torch.float32)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _fill_kept_memory(value):
+    _results(Case("gla", 65), torch.float64)
+    decay_layout._kept.memory.view(torch.float64).fill_(value)
+
+
+@pytest.mark.parametrize("decay", ["weak", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_workspace_held_is_not_read(family, decay):
+    case = Case(family, 65, decay, B=1)
+    _, expected = _results(case, torch.float32)
+    _fill_kept_memory(torch.nan)
+    _, got = _results(case, torch.float32)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_results_do_not_lie_in_the_workspace():
+    _, first = _results(Case("gla", 64, B=1, H=1), torch.float32)
+    kept = {name: y.clone() for name, y in first.items()}
+    _fill_kept_memory(7.0)
+    assert all(torch.equal(first[name], kept[name]) for name in kept)
+
+
+def test_memory_kept_in_inference_mode_serves_training(monkeypatch):
+    monkeypatch.setattr(decay_layout, "_kept", threading.local())
+    with torch.inference_mode():
+        _results(Case("gla", 65, B=1), torch.float32)
+    assert not decay_layout._kept.memory.is_inference()
+    _check(Case("gla", 65, B=1), torch.float32)
+
+
+def test_threads_do_not_share_a_workspace():
+    case = Case("gla", 200, "strong")
+    _, expected = _results(case, torch.float64)
+    x = make_inputs(case, torch.float64)
+
+    def forward(_):
+        return decay_cpu.chunk_forward(x.q, x.k, x.v, x.g, x.h0, 0.3)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(o, expected["o"]) for o in pool.map(forward, range(8)))
 
 
 def test_optional_gradients():

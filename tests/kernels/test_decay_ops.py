@@ -27,6 +27,7 @@ def _call(family, leaves):
 
 def test_the_table():
     assert tuple(decay_ops.OPS) == OPERATORS
+    assert tuple(decay_ops.FAMILIES) == (*OPERATORS, "gla_values", "rwkv6")
     assert set(ops.__all__) >= {name for f in OPERATORS for name in (f, f"naive_{f}")}
 
 
@@ -169,6 +170,9 @@ def test_bad_gates_are_named(family, gate, message):
         (("gla", "cuda", torch.bfloat16, 256, 256), None),
         (("gla", "cuda", torch.bfloat16, 257, 64), "K=257"),
         (("retention", "cuda", torch.float32, 64, 512), "V=512"),
+        (("gla_values", "cuda", torch.float32, 64, 512), None),
+        (("rwkv6", "cpu", torch.float64, 512, 512), None),
+        (("rwkv6", "cuda", torch.float32, 64, 512), "V=512"),
         (("rwkv", "cpu", torch.float32, 64, 64), "family"),
         (("gla", "mps", torch.float32, 64, 64), "device"),
         (("gla", "cpu", torch.int8, 64, 64), "dtype"),
@@ -177,3 +181,18 @@ def test_bad_gates_are_named(family, gate, message):
 def test_supports(arguments, reason):
     found = decay_ops.supports(*arguments)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("gla", "cpu"), "chunk (matrix products)"),
+        (("gla", "cuda"), "chunk (Triton)"),
+        (("gla", "cuda", torch.bfloat16), "chunk (Triton)"),
+        (("gla", "cuda", torch.float64), "chunk (matrix products)"),
+        (("rwkv6", "cuda"), "chunk (Triton)"),
+        (("gla_values", "cuda"), "chunk (matrix products)"),
+    ],
+)
+def test_kernel_name(arguments, name):
+    assert decay_ops.kernel_name(*arguments) == name

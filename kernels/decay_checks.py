@@ -1,0 +1,111 @@
+"""Which decayed outer products there are kernels for, and the checks of their operands.
+
+family              state update                                  axes of g
+linear_attention    S_t = S_{t-1} + k_t v_t^T                     none
+retention           S_t = gamma S_{t-1} + k_t v_t^T               H
+simple_gla          S_t = a_t S_{t-1} + k_t v_t^T                 B, T, H
+gla                 S_t = diag(a_t) S_{t-1} + k_t v_t^T           B, T, H, K
+gla_values          S_t = diag(a_t) S_{t-1} diag(w_t) + k_t v_t^T B, T, H, K or none, and B, T, H, V for w
+rwkv6               as gla, read before the update                B, T, H, K
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fla_compile.kernels import decay_cpu
+
+# The axes of g.
+FAMILIES: dict[str, tuple[str, ...] | None] = {
+    "linear_attention": None,
+    "retention": ("H",),
+    "simple_gla": ("B", "T", "H"),
+    "gla": ("B", "T", "H", "K"),
+    "gla_values": ("B", "T", "H", "K"),
+    "rwkv6": ("B", "T", "H", "K"),
+}
+DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_HEAD_CUDA = 256
+PRODUCTS_ONLY = ("gla_values",)
+
+
+def supports(family: str, device_type: str, dtype: torch.dtype, K: int, V: int) -> str | None:
+    """None if there is a kernel, else the reason why not."""
+    if family not in FAMILIES:
+        return f"family {family!r} is not one of {', '.join(FAMILIES)}"
+    if device_type not in DEVICES:
+        return f"device {device_type!r} is not one of {', '.join(DEVICES)}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+    limited = device_type == "cuda" and family not in PRODUCTS_ONLY
+    if limited and (K > LARGEST_HEAD_CUDA or V > LARGEST_HEAD_CUDA):
+        return f"head sizes K={K}, V={V} exceed {LARGEST_HEAD_CUDA} on cuda"
+    return None
+
+
+def kernel_name(family: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """What runs a family that `supports` accepts, for reports; float64 is none of Triton's types."""
+    triton = device_type == "cuda" and family not in PRODUCTS_ONLY and dtype != torch.float64
+    return "chunk (Triton)" if triton else "chunk (matrix products)"
+
+
+def chunks_for(q: Tensor) -> ModuleType:
+    """Where `chunk_forward` and `chunk_backward` without a decay over values are for operands like q."""
+    if kernel_name("gla", q.device.type, q.dtype) != "chunk (Triton)":
+        return decay_cpu
+    from fla_compile.kernels import decay_triton  # triton may be absent
+
+    return decay_triton
+
+
+def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got {x.ndim}")
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}")
+    for name, x, size in (("k", k, 4), ("v", v, 3)):
+        _check_shape(name, x, "BTHK"[:size], q, v)
+    if initial_state is not None:
+        if initial_state.ndim != 4:
+            raise ValueError(f"initial_state must have 4 dimensions, got {initial_state.ndim}")
+        _check_shape("initial_state", initial_state, "BHKV", q, v)
+        _check_float_on("initial_state", initial_state, q)
+    for name, x in (("k", k), ("v", v)):
+        _check_float_on(name, x, q)
+    if q.shape[1] == 0:
+        raise ValueError("q has T=0, at least T=1 is needed")
+    reason = supports(family, q.device.type, q.dtype, q.shape[-1], v.shape[-1])
+    if reason is not None:
+        raise ValueError(f"q, k, v: {reason}")
+
+
+def check_gate(name: str, x: Tensor, axes: Sequence[str] | None, q: Tensor, v: Tensor) -> None:
+    axes = axes or ()
+    if x.ndim != len(axes):
+        raise ValueError(f"{name} must have {len(axes)} dimensions, got {x.ndim}")
+    _check_shape(name, x, axes, q, v)
+    _check_float_on(name, x, q)
+
+
+def _check_shape(name: str, x: Tensor, axes: Sequence[str], q: Tensor, v: Tensor) -> None:
+    for i, axis in enumerate(axes):
+        of, expected = ("v", v.shape[3]) if axis == "V" else ("q", q.shape["BTHK".index(axis)])
+        if x.shape[i] != expected:
+            raise ValueError(f"{name} has {axis}={x.shape[i]}, {of} has {axis}={expected}")
+
+
+def _check_float_on(name: str, x: Tensor, q: Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q is on {q.device}")
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

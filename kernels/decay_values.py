@@ -1,0 +1,86 @@
+"""The decayed outer product with a decay over values, or over keys and values, as one operator.
+
+    S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T        o_t = scale * S_t^T q_t
+
+q, k [B, T, H, K]; v [B, T, H, V]; g None or [B, T, H, K]; gv [B, T, H, V]; the state [B, H, K, V]. Every device runs
+the chunks of `decay_cpu` in matrix products.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla_compile.kernels import decay_cpu
+from fla_compile.kernels.decay_checks import state_dtype
+
+DEVICES = ("cpu", "cuda")
+
+
+@torch.library.custom_op("fla_compile::gla_values", mutates_args=(), device_types=DEVICES)
+def gla_values(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor, initial_state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return decay_cpu.chunk_forward(q, k, v, g, initial_state, scale, gv=gv)
+
+
+@gla_values.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor, initial_state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, _, H, K = q.shape
+    return v.new_empty(v.shape), v.new_empty((B, H, K, v.shape[-1]), dtype=state_dtype(q))
+
+
+# An operator returns tensors only: an empty one stands for the gradient of what is absent.
+@torch.library.custom_op("fla_compile::gla_values_backward", mutates_args=(), device_types=DEVICES)
+def gla_values_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    do: Tensor,
+    dht: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dg, dgv, dh0 = decay_cpu.chunk_gradients(q, k, v, g, gv, initial_state, scale, do, dht)
+    assert dgv is not None
+    return dq, dk, dv, q.new_empty(0) if dg is None else dg, dgv, q.new_empty(0) if dh0 is None else dh0
+
+
+@gla_values_backward.register_fake
+def _backward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    do: Tensor,
+    dht: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dgv = (x.new_empty(x.shape) for x in (q, k, v, gv))
+    dg, dh0 = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (g, initial_state))
+    return dq, dk, dv, dg, dgv, dh0
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, gv, initial_state = ctx.saved_tensors
+    if do is None and dht is None:
+        return (None,) * 7
+    if do is None:
+        do = torch.zeros_like(v)
+    dq, dk, dv, dg, dgv, dh0 = gla_values_backward(q, k, v, g, gv, initial_state, ctx.scale, do, dht)
+    return dq, dk, dv, None if g is None else dg, dgv, None if initial_state is None else dh0, None
+
+
+gla_values.register_autograd(_backward, setup_context=_setup_context)
