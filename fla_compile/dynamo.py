@@ -1,9 +1,10 @@
 """The one module that touches Dynamo's private parts; written against torch 2.11 to 2.13.
 
-Three hooks, all inert unless the backend of the current compilation is ours:
+Four hooks, all inert unless the backend of the current compilation is ours:
 * the function given to `torch.compile` is called through a small wrapper, so that it is inlined like any other;
 * when Dynamo inlines a function that has time loops, it traces the function's twin (see passes/lift_loops.py) instead;
-* where a lifted loop cannot be kept, Dynamo starts the frame again with that loop as the user wrote it.
+* where a lifted loop cannot be kept, Dynamo starts the frame again with that loop as the user wrote it;
+* an object made before a scan keeps the attributes that it is given after it, which Dynamo loses.
 
 If torch has moved what these hooks hang on, `install` says so once and compilation goes on without lifting.
 """
@@ -21,8 +22,8 @@ from torch._guards import CompileContext, TracingContext
 
 from fla_compile.options import Options
 from fla_compile.passes.lift_loops import LoopSite, lift_loops
-from fla_compile.passes.loop_analysis import SILENT
-from fla_compile.passes.loop_runtime import not_liftable
+from fla_compile.passes.loop_analysis import NO_TIME_LOOP, SILENT
+from fla_compile.passes.loop_refusal import not_liftable
 from fla_compile.passes.normalise import short_source
 from fla_compile.passes.records import Refusal
 
@@ -120,7 +121,11 @@ def _own_frame(fn: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace(co_name=getattr(fn, "__name__", type(fn).__name__))
+    code = getattr(fn, "__code__", None) or getattr(getattr(type(fn), "forward", None), "__code__", None)
+    # Code objects are equal by value: without a mark of its own, functions of one name would share theirs.
+    mark = (code.co_filename, code.co_firstlineno) if code is not None else ()
+    name = getattr(fn, "__name__", type(fn).__name__)
+    call.__code__ = call.__code__.replace(co_name=name, co_consts=(*call.__code__.co_consts, mark))
     if isinstance(fn, FunctionType):
         call = functools.wraps(fn)(call)
     return call
@@ -170,15 +175,17 @@ def _why_not(error: Exception, loops: tuple[LoopSite, ...]) -> dict[Site, Refusa
     """Which of a function's loops Dynamo could not trace as a scan, and why."""
     told = not_liftable(error)
     if told is not None:
-        reason, detail, where = told
+        reason, detail, where, line = told
         mine = [s for s in loops if f"{s.filename}:{s.line}" == where]
     else:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason, detail, mine = "not_captured", (lines[0] if lines else type(error).__name__)[:200], []
-    return {
-        (s.filename, s.line): Refusal("recurrence", reason, detail, short_source((s.filename, s.line)))
-        for s in (mine or loops)
-    }
+        reason, detail, line, mine = "not_captured", (lines[0] if lines else type(error).__name__)[:200], 0, []
+    refusals = {}
+    for s in mine or loops:
+        why = reason if s.certain or mine else NO_TIME_LOOP
+        source = short_source((s.filename, line if mine and line else s.line))
+        refusals[s.filename, s.line] = Refusal("recurrence", why, detail, source)
+    return refusals
 
 
 def install() -> bool:
@@ -194,11 +201,30 @@ def install() -> bool:
     return _installed
 
 
+def _follow_side_effects(proxy: Any) -> None:
+    """Let an object's `__dict__` look into the current table of side effects.
+
+    Dynamo puts another table in place of the one in force before a scan, and an object that remembers the old one
+    stores into that, where nobody looks.
+    """
+    own = "_fla_side_effects"
+
+    def current(self: Any) -> Any:
+        remembered = getattr(self, own)
+        output = remembered.output_graph_weakref()
+        if output is None or backend_options(output.compiler_fn) is None:
+            return remembered
+        return output.side_effects
+
+    proxy.side_effects = property(current, lambda self, table: setattr(self, own, table))
+
+
 def _hook() -> None:
     import torch._higher_order_ops.partitioner as partitioner
     from torch._dynamo import exc
     from torch._dynamo.eval_frame import _TorchDynamoContext, innermost_backend
     from torch._dynamo.symbolic_convert import InliningInstructionTranslator
+    from torch._dynamo.variables import dicts
 
     assert issubclass(exc.TensorifyScalarRestartAnalysis, exc.RestartAnalysis)
     assert issubclass(exc.UnspecializeRestartAnalysis, exc.RestartAnalysis)
@@ -221,6 +247,8 @@ def _hook() -> None:
 
     # torch 2.11 left this logger at DEBUG, which prints the graphs of every scan.
     logging.getLogger(partitioner.__name__).setLevel(logging.NOTSET)
+    if hasattr(dicts, "SideEffectsProxyDict"):
+        _follow_side_effects(dicts.SideEffectsProxyDict)
     InliningInstructionTranslator.inline_call = classmethod(inline_call)  # type: ignore[assignment]
     _TorchDynamoContext.__call__ = call  # type: ignore[method-assign]
 

@@ -25,12 +25,14 @@ Refused, with the line: see `loop_analysis.REASONS`. What only values can tell i
 import ast
 import functools
 import opcode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import CodeType, FunctionType
 
 from fla_compile.passes.loop_analysis import describe
+from fla_compile.passes.loop_forms import Form, Speller, free_prefix
+from fla_compile.passes.loop_names import walk_scope
 from fla_compile.passes.loop_plan import LoopPlan
 from fla_compile.passes.loop_rewrite import rewrite_function
 from fla_compile.passes.loop_scope import Scope
@@ -40,11 +42,12 @@ from fla_compile.passes.records import Refusal, Refused
 
 @dataclass(frozen=True)
 class LoopSite:
-    """A lifted loop: where its `for` stands, and in which function."""
+    """A lifted loop: where it stands, and in which function; perhaps not `certain` to be a loop over time."""
 
     filename: str
     line: int
     function: str
+    certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ class Lifted:
 
 
 NOTHING = Lifted(None, (), ())
+LOOPS = frozenset(n for name, n in opcode.opmap.items() if name == "FOR_ITER" or "JUMP_BACKWARD" in name)
+BUILTINS = frozenset("range zip enumerate reversed list tuple len".split())
 
 
 def lift_loops(fn: FunctionType, *, skip: frozenset[tuple[str, int]] = frozenset()) -> Lifted:
     """Return `fn`'s twin for Dynamo to trace; loops whose (filename, line) is in `skip` stay as written."""
     code = fn.__code__
-    if not _has_loop(code):
+    if not _has_loop(code) or not BUILTINS.isdisjoint(fn.__globals__):
         return NOTHING
     mine = frozenset(line for name, line in skip if name == code.co_filename)
     twin_code, loops, refusals = _lift_code(code, mine)
@@ -77,7 +82,11 @@ def lift_loops(fn: FunctionType, *, skip: frozenset[tuple[str, int]] = frozenset
 
 
 def _has_loop(code: CodeType) -> bool:
-    return "range" in code.co_names and opcode.opmap["FOR_ITER"] in code.co_code[::2]
+    return not LOOPS.isdisjoint(code.co_code[::2]) and not _hides_builtins(code)
+
+
+def _hides_builtins(code: CodeType) -> bool:
+    return not BUILTINS.isdisjoint((*code.co_varnames, *code.co_cellvars, *code.co_freevars))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,8 +97,15 @@ def _lift_code(
     if tree is None:
         return None, (), ()
     module, function = tree
-    scope = Scope(function, code.co_filename)
-    plans, refusals = _plan(scope, skip)
+    if not any(isinstance(n, ast.Subscript | ast.For | ast.While) for n in walk_scope(function.body)):
+        return None, (), ()
+    prefix = free_prefix(function)
+    speller = Speller(function, code.co_filename, prefix)
+    speller.spell(skip)
+    scope = Scope(function, code.co_filename, prefix)
+    forms = {id(form.loop): form for form in speller.forms}
+    plans, refusals = _plan(scope, skip, forms)
+    refusals += tuple(refused.record("recurrence") for refused in speller.refused)
     if not plans:
         return None, (), refusals
     site = f"{PurePath(code.co_filename).name}:{plans[0].loop.lineno}"
@@ -97,28 +113,43 @@ def _lift_code(
     if original is None or not same_program(original, code):
         detail = "the source on disk is not what this function was compiled from"
         return None, (), (Refusal("recurrence", "source_mismatch", detail, site),)
-    rewrite_function(scope, plans)
+    planned = {id(plan.loop) for plan in plans}
+    for form in reversed(speller.forms):
+        if id(form.loop) in planned:
+            form.restore_body()
+        else:
+            form.put_back(scope.parents)
+    rewrite_function(scope, plans, forms)
     ast.fix_missing_locations(module)
     twin = compile_function(code, module, function)
     # Guards on the user's cells go by position, so the twin must have the same ones in the same order.
     if twin is None or twin.co_freevars != code.co_freevars:
         return None, (), (Refusal("recurrence", "source_mismatch", "the twin's closure differs", site),)
-    return twin, tuple(LoopSite(code.co_filename, p.loop.lineno, code.co_qualname) for p in plans), refusals
+    sites = tuple(
+        LoopSite(code.co_filename, p.loop.lineno, code.co_qualname, not _is_asked(forms, p.loop)) for p in plans
+    )
+    return twin, sites, refusals
 
 
-def _plan(scope: Scope, skip: frozenset[int]) -> tuple[list[LoopPlan], tuple[Refusal, ...]]:
-    """Plan the outermost time loops; a loop that carries nothing yields to a time loop inside it."""
+def _is_asked(forms: Mapping[int, Form], loop: ast.For) -> bool:
+    """Whether only the values can tell that this is a loop over a tensor."""
+    return id(loop) in forms and forms[id(loop)].only_if is not None
+
+
+def _plan(scope: Scope, skip: frozenset[int], forms: Mapping[int, Form]) -> tuple[list[LoopPlan], tuple[Refusal, ...]]:
+    """Plan the outermost time loops; one that carries nothing, or may be no time loop, yields to one inside it."""
 
     def visit(loop: ast.For) -> tuple[list[LoopPlan], list[Refusal]]:
         own: list[LoopPlan] = []
         refusals: list[Refusal] = []
+        asked = _is_asked(forms, loop)
         if loop.lineno not in skip:
             try:
                 plan = describe(loop, scope)
                 own = [plan] if plan else []
             except Refused as refused:
-                refusals = [refused.record("recurrence")]
-        if own and own[0].carries:
+                refusals = [] if asked else [refused.record("recurrence")]
+        if own and own[0].carries and not asked:
             return own, []
         inner: list[LoopPlan] = []
         inner_refusals: list[Refusal] = []

@@ -9,21 +9,21 @@ import ast
 
 from fla_compile.passes.loop_accesses import Accesses
 from fla_compile.passes.loop_carries import find_carries
+from fla_compile.passes.loop_lists import find_lists
 from fla_compile.passes.loop_memory import find_overlap
 from fla_compile.passes.loop_plan import LoopPlan
-from fla_compile.passes.loop_scope import Body, Scope, mentions, range_of
-from fla_compile.passes.loop_statements import check_lists, check_statements
+from fla_compile.passes.loop_scope import Body, Scope, range_of
+from fla_compile.passes.loop_statements import check_statements
 
 REASONS = {
     "data_dependent_branch": "The body branches on a value it computes, or leaves the loop early.",
-    "loop_index_used": "The loop index does more than pick one step of a tensor.",
+    "loop_index_used": "The loop index does more than pick steps, scale tensors, or tell the first or last step.",
     "reads_own_output": "The loop reads, or may read, a tensor that it writes step by step.",
     "output_list_used": "A list that the loop fills is used other than by len, stack or cat after the loop.",
     "state_escapes": "A value of one step outlives it other than as a carried local variable.",
     "aliased_state": "A state that is updated in place is also kept under another name or in a list.",
     "mutates_input": "The body changes memory in place that the loop reads or that something else may refer to.",
     "side_effect": "The body calls something only for its effect.",
-    "step_not_one": "The range has a step other than 1.",
     "unsupported_target": "A step is stored somewhere other than in a local tensor.",
     "unsupported_read": "A tensor indexed by time is computed inside the loop.",
     "unsupported_statement": "The body contains a statement that has no counterpart in a scan.",
@@ -35,18 +35,17 @@ REASONS = {
     "carry_changes": "A carried tensor changes its shape, dtype or device in a step.",
 }
 
-# Reasons that tell no time loop from a loop over layers: the loop is left without a record.
-SILENT = frozenset({"not_a_tensor"})
+# Tells no time loop from a loop over layers: the loop is left without a record.
+NO_TIME_LOOP = "not_a_tensor"
+SILENT = frozenset({NO_TIME_LOOP})
 
 
-def is_candidate(loop: ast.For, scope: Scope) -> bool:
+def is_time_loop(body: Body) -> bool:
     """Whether the index picks steps of something that is not simply called, as a list of layers is."""
-    if range_of(loop) is None or not isinstance(loop.target, ast.Name) or "range" in scope.locals:
-        return False
-    index, found = loop.target.id, False
-    for node in (n for s in loop.body for n in ast.walk(s)):
-        if isinstance(node, ast.Subscript) and mentions(node.slice, index):
-            parent = scope.parents[id(node)]
+    found = False
+    for node in body.nodes:
+        if isinstance(node, ast.Subscript) and body.index.mentioned(node.slice):
+            parent = body.scope.parents[id(node)]
             if isinstance(parent, ast.Call) and parent.func is node:
                 return False
             found = True
@@ -58,17 +57,14 @@ def describe(loop: ast.For, scope: Scope) -> LoopPlan | None:
 
     Raises Refused.
     """
-    if not is_candidate(loop, scope):
-        return None
     arguments = range_of(loop)
-    assert arguments is not None
-    if len(arguments) == 3:
-        step = arguments[2]
-        if not isinstance(step, ast.Constant) or step.value != 1:
-            scope.refuse("step_not_one", f"range with step {ast.unparse(step)}", loop)
+    if arguments is None or not isinstance(loop.target, ast.Name):
+        return None
     body = Body(loop, scope)
+    if not is_time_loop(body):
+        return None
     check_statements(body)
-    list_uses = check_lists(body)
+    lists, list_sites, list_uses = find_lists(body)
     accesses = Accesses(body)
     accesses.check_index_uses()
     accesses.check_own_output()
@@ -76,15 +72,22 @@ def describe(loop: ast.For, scope: Scope) -> LoopPlan | None:
     carries = find_carries(body, accesses)
     return LoopPlan(
         loop=loop,
-        index=body.index,
+        index=body.index.name,
         start=arguments[0] if len(arguments) > 1 else None,
         stop=arguments[1] if len(arguments) > 1 else arguments[0],
+        step=arguments[2] if len(arguments) > 2 else None,
         reads=tuple(accesses.reads),
         writes=writes,
+        numbers=tuple(accesses.numbers),
+        tests=tuple(accesses.tests),
         carries=carries,
-        lists=tuple(sorted(body.lists)),
+        lists=lists,
         overlap=find_overlap(body, accesses, carries),
         read_sites=accesses.read_sites,
         write_sites=accesses.write_sites,
+        number_sites=accesses.number_sites,
+        test_sites=accesses.test_sites,
+        list_sites=list_sites,
         list_uses=list_uses,
+        dropped=frozenset(body.index.dropped),
     )

@@ -8,6 +8,7 @@ from fla_compile.passes.loop_names import (
     assigned_value,
     bound_names,
     is_in_place_name,
+    read_names,
     sources,
 )
 from fla_compile.passes.loop_plan import Carry
@@ -18,9 +19,10 @@ def find_carries(body: Body, accesses: Accesses) -> tuple[Carry, ...]:
     """Return what goes from step to step; refuse values that leave the loop in any other way."""
     exposed = Liveness().block(body.loop.body, set())
     defined = body.scope.defined_before(body.loop)
-    carried = body.bound & exposed & defined
+    undefined = {name for name in body.bound & exposed - defined if _bound_by_step(body, accesses, name)}
+    carried = body.bound & exposed & defined | undefined
     mutated = _mutated(body, accesses, carried)
-    carried |= mutated
+    carried |= mutated | body.containers
     for name in sorted((body.bound - carried) & body.scope.live_after[id(body.loop)]):
         body.refuse("state_escapes", f"{name} of the last step is used after the loop", body.binding(name))
     for node in body.nodes:
@@ -37,12 +39,36 @@ def find_carries(body: Body, accesses: Accesses) -> tuple[Carry, ...]:
     }
     carries = []
     for name in sorted(carried):
-        fresh = name in mutated and body.scope.starts_fresh(name, body.loop)
+        fresh = name in mutated and (name in undefined or body.scope.starts_fresh(name, body.loop))
         if name in mutated and name in rebound and not fresh:
             detail = f"{name} is updated in place and rebound, and something else may refer to its first value"
             body.refuse("mutates_input", detail, rebound[name])
-        carries.append(Carry(name, name in mutated, name in mutated and not fresh))
+        kept = name in body.containers or (name in mutated and not fresh)
+        carries.append(Carry(name, name in mutated, kept, name not in undefined))
+    _check_fixed(body, accesses, carried)
     return tuple(carries)
+
+
+def _bound_by_step(body: Body, accesses: Accesses, name: str) -> bool:
+    """Whether the name gets a value in a branch that the loop index decides, as in `if t == 0: S = ...`."""
+    for node in body.nodes:
+        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
+            for parent in body.scope.ancestors(node):
+                if isinstance(parent, ast.If) and any(id(n) in accesses.test_sites for n in ast.walk(parent.test)):
+                    return True
+    return False
+
+
+def _check_fixed(body: Body, accesses: Accesses, carried: set[str]) -> None:
+    """Refuse positions, tests and numbers that are computed before the loop from what a step changes."""
+    places = [*(read.steps for read in accesses.reads), *accesses.write_steps()]
+    steps = [value for place in places for value in (place.at, place.end)]
+    values = [*steps, *(n.value for n in accesses.numbers), *(t.difference for t in accesses.tests)]
+    for value in values:
+        changed = read_names(value) & carried
+        if changed:
+            detail = f"{min(changed)} changes in the loop and decides, with the index, {ast.unparse(value)}"
+            body.refuse("loop_index_used", detail, body.loop)
 
 
 def _mutated(body: Body, accesses: Accesses, carried: set[str]) -> set[str]:
@@ -80,7 +106,8 @@ def _changed_by(body: Body, accesses: Accesses, node: ast.AST) -> set[str]:
     if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
         return set() if node.target.id in body.lists else {node.target.id}
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-        return set() if id(node) in accesses.write_sites else sources(node.value) or {"."}
+        known = id(node) in accesses.write_sites
+        return set() if known else (sources(node.value) or {"."}) - body.placed - body.containers
     if isinstance(node, ast.Call):
         names = {n for k in node.keywords if k.arg == "out" for n in sources(k.value)}
         if isinstance(node.func, ast.Attribute) and is_in_place_name(node.func.attr):

@@ -64,7 +64,7 @@ def _used(body: Body, accesses: Accesses) -> dict[str, bool]:
     """Names whose values the body uses, each with whether it surely has one as the loop starts."""
     uses: dict[str, bool] = {}
     for node in body.nodes:
-        if not isinstance(node, ast.Name) or isinstance(node.ctx, ast.Store) or node.id == body.index:
+        if not isinstance(node, ast.Name) or isinstance(node.ctx, ast.Store) or node.id in body.index.names:
             continue
         parent = body.scope.parents[id(node)]
         called = isinstance(parent, ast.Call) and parent.func is node

@@ -173,7 +173,7 @@ def is_in_place_name(name: str) -> bool:
 def is_fresh(value: ast.AST) -> bool:
     """Whether the value is surely memory (or a number) that nothing else refers to."""
     if isinstance(value, ast.Constant):
-        return isinstance(value.value, int | float)
+        return value.value is None or isinstance(value.value, int | float)
     if isinstance(value, ast.UnaryOp):
         return not isinstance(value.op, ast.UAdd)
     if isinstance(value, ast.BinOp):

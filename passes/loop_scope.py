@@ -6,13 +6,16 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import NoReturn
 
+from fla_compile.passes.loop_index import Index
 from fla_compile.passes.loop_names import (
     SCOPES,
     Liveness,
     assigned_value,
     bound_names,
     is_fresh,
+    is_in_place_name,
     read_names,
+    sources,
     uses_beyond_metadata,
     walk_scope,
 )
@@ -22,9 +25,10 @@ from fla_compile.passes.records import Refused
 class Scope:
     """A function's syntax tree with the facts that every loop of it asks for."""
 
-    def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, filename: str):
+    def __init__(self, function: ast.FunctionDef | ast.AsyncFunctionDef, filename: str, prefix: str):
         self.function = function
         self.filename = filename
+        self.prefix = prefix  # of names that are not the user's
         arguments = function.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         self.parameters = tuple(a.arg for a in every if a is not None)
@@ -77,6 +81,36 @@ class Scope:
                 return is_empty_list(assigned_value(s, name))
         return False
 
+    def starts_sized(self, name: str, loop: ast.AST) -> bool:
+        """Whether the name is, right before the loop, a list of a given length with nothing in it."""
+        for s in self.preceding(loop):
+            if name in bound_names(s) | read_names(s):
+                value = assigned_value(s, name)
+                if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult):
+                    filler: ast.expr | None = value.left if isinstance(value.left, ast.List) else value.right
+                    filler = filler.elts[0] if isinstance(filler, ast.List) and len(filler.elts) == 1 else None
+                elif isinstance(value, ast.ListComp):
+                    filler = value.elt
+                else:
+                    filler = None
+                return isinstance(filler, ast.Constant)
+        return False
+
+    def starts_container(self, name: str, loop: ast.AST) -> bool:
+        """Whether the name is bound before the loop to a container, or an object, that the function makes there."""
+        if name in self.parameters or name not in self.locals:
+            return False
+        for s in self.preceding(loop):
+            if name in bound_names(s):
+                value = assigned_value(s, name)
+                if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult):
+                    return isinstance(value.left, ast.List)
+                if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+                    return value.func.id == "dict" or value.func.id[:1].isupper()
+                filled = (isinstance(value, ast.Dict) and value.keys) or (isinstance(value, ast.List) and value.elts)
+                return bool(filled) or isinstance(value, ast.ListComp | ast.DictComp)
+        return False
+
     def defined_before(self, loop: ast.For) -> set[str]:
         names = set(self.parameters)
         outer = [p for p in self.ancestors(loop) if isinstance(p, ast.For | ast.While)]
@@ -117,22 +151,43 @@ class Body:
 
     def __init__(self, loop: ast.For, scope: Scope):
         self.loop, self.scope = loop, scope
-        assert isinstance(loop.target, ast.Name)
-        self.index = loop.target.id
         body_and_down = [n for s in loop.body for n in ast.walk(s)]
         self.nodes = sorted(
             body_and_down, key=lambda n: (getattr(n, "lineno", loop.lineno), getattr(n, "col_offset", 0))
         )
-        self.lists = {found[0] for node in self.nodes if (found := appended(node))}
+        appended_to = {found[0] for node in self.nodes if (found := appended(node))}
+        self.lists = {name for name in appended_to if not self._is_new_each_step(name)}
         self.bound = bound_names(loop.body) - self.lists
+        self.index = Index(loop, self.bound | self.lists | _stored_into(self.nodes))
         self.written = {
             n.value.id
             for n in self.nodes
             if isinstance(n, ast.Subscript)
             and isinstance(n.ctx, ast.Store)
             and isinstance(n.value, ast.Name)
-            and mentions(n.slice, self.index)
+            and self.index.mentioned(n.slice)
         }
+        self.placed = {name for name in self.written if scope.starts_sized(name, loop)}
+        self.written -= self.placed
+        self.lists |= self.placed
+        places = [n for n in self.nodes if isinstance(n, ast.Subscript | ast.Attribute)]
+        stored = {n.value.id for n in places if isinstance(n.ctx, ast.Store) and isinstance(n.value, ast.Name)}
+        stored -= self.bound | self.written | self.lists
+        self.containers = {name for name in stored if scope.starts_container(name, loop)}
+
+    def _is_new_each_step(self, name: str) -> bool:
+        """Whether the body itself makes the list, at its top level before anything else happens to it."""
+        first = next((s for s in self.loop.body if name in bound_names(s) | read_names(s)), None)
+        stores = [n for n in self.nodes if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store)]
+        return (
+            isinstance(first, ast.Assign)
+            and isinstance(assigned_value(first, name), ast.List)
+            and all(
+                isinstance(s, ast.AugAssign)
+                or (isinstance(s, ast.Assign) and isinstance(assigned_value(s, name), ast.List))
+                for s in (self.scope.parents[id(n)] for n in stores)
+            )
+        )
 
     def refuse(self, reason: str, detail: str, node: ast.AST) -> NoReturn:
         self.scope.refuse(reason, detail, node)
@@ -142,6 +197,19 @@ class Body:
             if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
                 return node
         return self.loop
+
+
+def _stored_into(nodes: list[ast.AST]) -> set[str]:
+    """Names of what the statements change in place, as far as they say so."""
+    names: set[str] = set()
+    for n in nodes:
+        if isinstance(n, ast.Subscript | ast.Attribute) and isinstance(n.ctx, ast.Store):
+            names |= sources(n.value)
+        elif isinstance(n, ast.Call):
+            names |= {name for k in n.keywords if k.arg == "out" for name in sources(k.value)}
+            if isinstance(n.func, ast.Attribute) and is_in_place_name(n.func.attr):
+                names |= sources(n.func.value) | {name for a in n.args[:1] for name in sources(a)}
+    return names
 
 
 def is_empty_list(value: ast.expr | None) -> bool:
@@ -159,21 +227,35 @@ def index_entries(subscript: ast.Subscript) -> list[ast.expr]:
 
 
 def appended(node: ast.AST, name: str | None = None) -> tuple[str, ast.expr] | None:
-    """(list, item) of `outs.append(y)` and `outs += [y]`."""
+    """(list, item or items) of `outs.append(y)`, `outs.extend([y])`, `outs.insert(0, y)` and `outs += [y]`."""
+    found = None
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         call = node.value
-        if (
-            isinstance(call.func, ast.Attribute)
-            and call.func.attr == "append"
-            and isinstance(call.func.value, ast.Name)
-            and len(call.args) == 1
-            and not call.keywords
-        ):
-            return (call.func.value.id, call.args[0]) if name in (None, call.func.value.id) else None
+        if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and not call.keywords:
+            method, args = call.func.attr, call.args
+            one = method == "append" and len(args) == 1
+            several = method == "extend" and len(args) == 1 and _is_display(args[0])
+            if one or several or is_front_insert(call):
+                found = call.func.value.id, args[-1]
     if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
-        if isinstance(node.value, ast.List) and len(node.value.elts) == 1:
-            return (node.target.id, node.value.elts[0]) if name in (None, node.target.id) else None
-    return None
+        if isinstance(node.value, ast.List) and _is_display(node.value):
+            found = node.target.id, node.value
+    return found if found and name in (None, found[0]) else None
+
+
+def is_front_insert(call: ast.Call) -> bool:
+    return (
+        isinstance(call.func, ast.Attribute)
+        and call.func.attr == "insert"
+        and len(call.args) == 2
+        and isinstance(call.args[0], ast.Constant)
+        and call.args[0].value == 0
+        and call.args[0].value is not False
+    )
+
+
+def _is_display(value: ast.expr) -> bool:
+    return isinstance(value, ast.List | ast.Tuple) and not any(isinstance(e, ast.Starred) for e in value.elts)
 
 
 def range_of(loop: ast.For) -> list[ast.expr] | None:

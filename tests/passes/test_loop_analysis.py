@@ -40,27 +40,27 @@ def refused_return(x, S):
 
 def refused_index_branch(x, S):
     for t in range(x.shape[1]):
-        if t > 0:  # here
+        if t % 2 == 0:  # here
             S = S + x[:, t]
     return S
 
 
-def refused_index_power(x, S):
+def refused_two_entries(x, S):
     for t in range(x.shape[1]):
-        S = S + x[:, t] * 0.9**t  # here
+        S = S + x[:, t, t]  # here
     return S
 
 
-def refused_shift(x, S):
+def refused_square(x, S):
     for t in range(1, x.shape[1]):
         S = S + x[:, t]
-        S = S * x[:, t - 1]  # here
+        S = S * x[:, t * t]  # here
     return S
 
 
 def refused_slice(x, S):
     for t in range(x.shape[1]):
-        S = S + x[:, t : t + 1].sum(1)  # here
+        S = S + x[:, :t].sum(1)  # here
     return S
 
 
@@ -91,7 +91,7 @@ def refused_list_read(x, S):
     for t in range(x.shape[1]):
         S = S + x[:, t]
         outs.append(S)
-    return outs[-1]  # here
+    return outs  # here
 
 
 def refused_list_not_empty(x, S):
@@ -128,12 +128,6 @@ def refused_dict(x, S):
         S = S + x[:, t]
         cache["S"] = S  # here
     return cache
-
-
-def refused_step(x, S):
-    for t in range(0, x.shape[1], 2):  # here
-        S = S + x[:, t]
-    return S
 
 
 def refused_target(x, S):
@@ -234,8 +228,8 @@ REFUSED = [
     (refused_break, "data_dependent_branch"),
     (refused_return, "data_dependent_branch"),
     (refused_index_branch, "loop_index_used"),
-    (refused_index_power, "loop_index_used"),
-    (refused_shift, "loop_index_used"),
+    (refused_two_entries, "loop_index_used"),
+    (refused_square, "loop_index_used"),
     (refused_slice, "loop_index_used"),
     (refused_index_after, "loop_index_used"),
     (refused_own_output, "reads_own_output"),
@@ -246,7 +240,6 @@ REFUSED = [
     (Holder.refused_attribute, "state_escapes"),
     (Holder.refused_attribute_in_place, "mutates_input"),
     (refused_dict, "state_escapes"),
-    (refused_step, "step_not_one"),
     (refused_target, "unsupported_target"),
     (refused_changed_input, "mutates_input"),
     (refused_changed_alias, "mutates_input"),

@@ -7,23 +7,14 @@ from torch import nn
 
 from fla_compile.passes.lift_loops import lift_loops
 from fla_compile.passes.loop_analysis import REASONS, SILENT
-from fla_compile.passes.loop_runtime import (
-    NotLiftable,
-    TimeList,
-    cat_time,
-    finish_in_place,
-    len_time,
-    not_liftable,
-    one_axis,
-    over_time,
-    run_loop,
-    snapshot,
-    stack_time,
-    time_first,
-    write_time,
-)
+from fla_compile.passes.loop_outputs import TimeList, cat_time, len_time, over_time, stack_time
+from fla_compile.passes.loop_refusal import NotLiftable, not_liftable
+from fla_compile.passes.loop_runtime import run_loop, snapshot
+from fla_compile.passes.loop_states import finish_in_place
+from fla_compile.passes.loop_steps import one_axis, time_first, write_time
 
 SITE = "user.py:1"
+PLAIN = (0, 1, None)
 B, T, K = 2, 6, 3
 
 
@@ -36,13 +27,16 @@ def loop(body, start, stop, carries, reads, **changes):
         "targets": (),
         "changed": (),
         "others": (),
+        "defined": (True,) * len(carries),
+        "numbers": (),
+        "tests": (),
         "n_lists": 1,
         "site": SITE,
     }
-    return run_loop(body, start, stop, carries, reads, **(fixed | changes))
+    return run_loop(body, (start, stop, 1), carries, reads, **(fixed | changes))
 
 
-def add(carry, x):
+def add(carry, x, numbers, tests):
     S = carry[0] + x[0]
     return (S,), (), ([S],)
 
@@ -50,7 +44,7 @@ def add(carry, x):
 @pytest.mark.parametrize("first", [torch.zeros(2), 0, 0.5], ids=["tensor", "int", "float"])
 def test_run_loop_sums(first):
     x = torch.rand(2, 5)
-    (S,), _, ((ys,),) = loop(add, 1, 4, (first,), ((x, 1),))
+    (S,), _, (((ys,),),) = loop(add, 1, 4, (first,), ((x, 1),))
     start = first if isinstance(first, torch.Tensor) else torch.full((2,), float(first))
     want = x[:, 1:4].cumsum(1) + start[:, None]
     torch.testing.assert_close(ys.movedim(0, 1), want)
@@ -59,43 +53,43 @@ def test_run_loop_sums(first):
 
 def test_no_steps_changes_nothing():
     S = torch.ones(2)
-    assert loop(add, 3, 3, (S,), ((None, 0),), targets=(torch.ones(2),)) == ((S,), (None,), ((),))
+    assert loop(add, 3, 3, (S,), ((None, 0),), targets=(torch.ones(2),)) == ((S,), ((),), ((),))
 
 
 @pytest.mark.parametrize(
     "call, reason",
     [
-        (lambda: time_first([1, 2], 0, 0, 2, SITE), "not_a_tensor"),
-        (lambda: time_first(torch.ones(2), 1, 0, 2, SITE), "index_axis"),
-        (lambda: time_first(torch.ones(2), 0, 0, 3, SITE), "index_range"),
-        (lambda: time_first(torch.ones(2), 0, -1, 2, SITE), "index_range"),
+        (lambda: time_first([1, 2], 0, PLAIN, 0, 2, SITE), "not_a_tensor"),
+        (lambda: time_first(torch.ones(2), 1, PLAIN, 0, 2, SITE), "index_axis"),
+        (lambda: time_first(torch.ones(2), 0, PLAIN, 0, 3, SITE), "index_range"),
+        (lambda: time_first(torch.ones(2), 0, PLAIN, -1, 2, SITE), "index_range"),
         (lambda: one_axis(None, SITE), "index_axis"),
         (lambda: one_axis(torch.tensor([True]), SITE), "index_axis"),
-        (lambda: loop(add, 0, 2, (None,), ((torch.ones(2), 0),)), "carry_not_tensor"),
-        (lambda: over_time(torch.hstack, TimeList((torch.ones(2, 2),), 2), site=SITE), "output_list_used"),
+        (lambda: loop(add, 0, 2, ("",), ((torch.ones(2), 0),)), "carry_not_tensor"),
+        (lambda: over_time(torch.sum, TimeList(((torch.ones(2, 2),),)), site=SITE), "output_list_used"),
     ],
     ids=range(8),
 )
 def test_not_liftable(call, reason):
     with pytest.raises(NotLiftable) as caught:
         call()
-    assert not_liftable(caught.value) == (reason, caught.value.args[1], SITE)
+    assert not_liftable(caught.value) == (reason, caught.value.args[1], SITE, 0)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
 def test_stack_and_cat_are_torchs(dim):
     items = [torch.rand(2, 3) for _ in range(4)]
-    ys = TimeList((torch.stack(items),), 4)
+    ys = TimeList(((torch.stack(items),),))
     got = over_time(torch.stack, ys, dim, site=SITE)
-    assert got.equal(torch.stack(items, dim)) and got.is_contiguous() and stack_time(ys.streams[0], dim).equal(got)
+    assert got.equal(torch.stack(items, dim)) and got.is_contiguous() and stack_time(ys.runs[0][0], dim).equal(got)
     if dim < 2:
         got = over_time(torch.cat, ys, dim=dim, site=SITE)
-        assert got.equal(torch.cat(items, dim)) and got.is_contiguous() and cat_time(ys.streams[0], dim).equal(got)
+        assert got.equal(torch.cat(items, dim)) and got.is_contiguous() and cat_time(ys.runs[0][0], dim).equal(got)
 
 
 def test_two_appends_a_step_interleave():
     a, b = torch.rand(3, 2), torch.rand(3, 2)
-    both = TimeList((a, b), 3)
+    both = TimeList(((a, b),))
     want = torch.stack([x for pair in zip(a, b, strict=True) for x in pair])
     assert over_time(torch.stack, both, site=SITE).equal(want)
     assert len_time(both) == 6 and len_time([1]) == 1
@@ -108,14 +102,14 @@ def test_write_time_broadcasts_and_casts_as_assignment_does(shape):
     got, want = torch.zeros(2, 6, 3), torch.zeros(2, 6, 3)
     for t in range(4):
         want[:, t + 1] = ys[t]
-    write_time(got, 1, (), 1, 5, ys, SITE)
+    write_time(got, 1, (), (1, 5, 1), ((0, ys),), SITE)
     assert got.equal(want)
 
 
 def test_state_stays_in_its_object():
     S = torch.zeros(2)
-    assert finish_in_place(S, torch.ones(2)) is S and S.sum() == 2
-    assert finish_in_place(0, 3) == 3
+    assert finish_in_place(S, torch.ones(2), SITE) is S and S.sum() == 2
+    assert finish_in_place(0, 3, SITE) == 3
     assert snapshot(2, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
 
 
@@ -204,7 +198,7 @@ LAYERS = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
         (into_a_list, ([None] * 3, torch.ones(2)), "not_a_tensor"),
         (changing, (X, torch.zeros(1, 1)), "carry_changes"),
         (changing, (X.double(), STATE), "carry_changes"),
-        (changing, (X, None), "carry_not_tensor"),
+        (changing, (X, "none"), "carry_not_tensor"),
         (into_argument, (X, X), "mutates_input"),
         (into_argument, (X, X[:, ::1]), "mutates_input"),
         (into_part_of_argument, (X, X), "mutates_input"),
