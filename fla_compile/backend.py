@@ -36,7 +36,8 @@ def report_on(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -
     dynamo.want_fixed_floats(gm)
     with dynamo.untraced():
         result = run_passes(gm, options=options)
-    refusals = tuple(trace.refusals) + tuple(refusal for refusal, _ in result.refusals)
+    found = (*trace.refusals, *(refusal for refusal, _ in result.refusals), *result.looped)
+    refusals = tuple(dict.fromkeys(found))
     for refusal in refusals:
         level = logging.WARNING if refusal.reason == "validation_failed" else logging.INFO
         log.log(level, "%s: %s refused: %s: %s", refusal.source, refusal.pattern, refusal.reason, refusal.detail)

@@ -53,9 +53,7 @@ def explain(model_or_fn: Callable, *args: Any, **kwargs: Any) -> Report:
             broken = (Refusal("graph", "graph_break", lines[0] if lines else "", _where(lines)),)
             continue
         report = explainer.report or Report((), ())
-        return Report(
-            report.rewrites, report.refusals + broken, report.before, report.after, report.validation_seconds
-        )
+        return Report(report.rewrites, report.refusals + broken, report.before, report.after, report.validation_seconds)
     raise AssertionError("unreachable")
 
 

@@ -23,8 +23,10 @@ VIEWS = {
     "contiguous", "clone", "alias", "getitem", "select", "narrow", "flatten", "unflatten", "t", "_unsafe_view",
     "expand_as", "view_as", "slice", "T", "mT",
 }  # fmt: skip
+# Operations that only move elements to other places, as a loop that runs backwards does.
+MOVES = {"flip", "roll", "repeat", "tile", "repeat_interleave", "index_select", "fliplr", "flipud"}
 CASTS = {"to", "float", "double", "_to_copy", "type_as"}
-CREATION = {"arange", "tensor", "as_tensor", "full", "ones", "linspace", "logspace", "zeros", "scalar_tensor"}
+CREATION = {"arange", "tensor", "as_tensor", "full", "ones", "linspace", "logspace", "zeros", "scalar_tensor", "eye"}
 MAX_CONSTANT = 1 << 16
 LOG_ZERO = -1e4  # exp of it is 0 in every type, and sums of it stay finite
 
@@ -61,7 +63,7 @@ def log_of(node: Any, operand: Callable[[fx.Node], Log | None]) -> Log | None:
     name, args = op_name(node), node.args
     if node.op == "placeholder":
         return operand(node)
-    if node.kwargs and name not in VIEWS | CASTS and constant_value(node) is None:
+    if node.kwargs and name not in VIEWS | CASTS | MOVES and constant_value(node) is None:
         return None  # a rounding mode, an `out`
     if name == "exp":
         return Log("node", (args[0],), "exp")
@@ -69,6 +71,14 @@ def log_of(node: Any, operand: Callable[[fx.Node], Log | None]) -> Log | None:
         return Log("scale", (Log("node", (args[0],), "exp"), math.log(2.0)), "exp")
     if name == "sigmoid":
         return Log("logsigmoid", (args[0],), "sigmoid")
+    if name in CASTS and _is_mask(args[0]):
+        return Log("mask", (args[0],), "mask")
+    if name == "where" and len(args) == 3:
+        a, b = (_branch(x, operand) for x in args[1:])
+        return Log("where", (args[0], a, b), "mask") if a is not None and b is not None else None
+    if name == "masked_fill" and len(args) == 3:
+        a, b = _branch(args[2], operand), _branch(args[0], operand)
+        return Log("where", (args[1], a, b), "mask") if a is not None and b is not None else None
     if name in ("rsub", "sub") and _one_minus(node) is not None:
         inner = _one_minus(node)
         if op_name(inner) == "sigmoid":  # type: ignore[arg-type]
@@ -84,7 +94,7 @@ def log_of(node: Any, operand: Callable[[fx.Node], Log | None]) -> Log | None:
         base = log_of(args[0], operand)
         power = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}[name]
         return Log("scale", (base, power), base.proof) if base is not None else None
-    if name in VIEWS and _is_tensor(args[0]):
+    if name in VIEWS | MOVES and _is_tensor(args[0]):
         base = log_of(args[0], operand)
         return Log("view", (node, base), base.proof) if base is not None else None
     if name in CASTS and _device(node) == _device(args[0]) and _is_float(node) and _is_float(args[0]):
@@ -93,6 +103,21 @@ def log_of(node: Any, operand: Callable[[fx.Node], Log | None]) -> Log | None:
     if constant is not None and bool((constant > 0).all()) and bool(torch.isfinite(constant).all()):
         return Log("log", (node,), "constant")
     return None
+
+
+def _is_mask(node: Any) -> bool:
+    return _is_tensor(node) and _value(node).dtype == torch.bool
+
+
+def _branch(x: Any, operand: Callable[[fx.Node], Log | None]) -> Log | None:
+    """A branch of a `where`, which may be zero: a reset."""
+    if isinstance(x, int | float) and x == 0:
+        return Log("number", (LOG_ZERO,), "constant")
+    if isinstance(x, fx.Node) and x.op != "placeholder":
+        fixed = constant_value(x)
+        if fixed is not None and not fixed.any():
+            return Log("number", (LOG_ZERO,), "constant")
+    return log_of(x, operand)
 
 
 def _one_minus(node: fx.Node) -> fx.Node | None:
@@ -170,6 +195,10 @@ def emit(log: Log, graph: fx.Graph) -> fx.Node | float:
     if log.op == "magnitude":
         size = graph.call_function(torch.log, (graph.call_function(torch.abs, (args[0],)),))
         return graph.call_function(torch.clamp, (size,), {"min": LOG_ZERO})
+    if log.op == "mask":
+        return graph.call_function(torch.where, (args[0], 0.0, LOG_ZERO))
+    if log.op == "where":
+        return graph.call_function(torch.where, (args[0], emit(args[1], graph), emit(args[2], graph)))
     if log.op == "scale":
         return graph.call_function(operator.mul, (emit(args[0], graph), args[1]))
     if log.op in ("add", "subtract"):
@@ -179,4 +208,3 @@ def emit(log: Log, graph: fx.Graph) -> fx.Node | float:
         view, inner = args[0], emit(args[1], graph)
         return graph.create_node(view.op, view.target, (inner, *view.args[1:]), dict(view.kwargs))
     raise ValueError(f"log has an unknown op: {log.op}")
-

@@ -5,11 +5,15 @@ from typing import Protocol
 
 from torch import fx
 
-from fla_compile.kernels.decay_ops import supports
-from fla_compile.passes.classify import Plan, written_at
-from fla_compile.passes.match_recurrences import match_recurrences, nested_graphs
+from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan  # noqa: F401
+from fla_compile.passes.fission import Delay, Window
+from fla_compile.passes.match_parallel import match_parallel
+from fla_compile.passes.match_recurrences import Known, match_recurrences
 from fla_compile.passes.normalise import Step
 from fla_compile.passes.records import Refusal, Refused, Rewrite
+from fla_compile.passes.recurrence import Elementwise, Generic, Recurrence, Stage
+from fla_compile.passes.scans import nested_graphs
+from fla_compile.passes.updates import written_at
 
 
 class Switches(Protocol):
@@ -21,38 +25,59 @@ class Switches(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """`refusals` beside the (file, line) of what was left; `before` and `after` are readable programs."""
+    """`refusals` beside the (file, line) of what was left, `looped` of what runs as a loop of no known family;
+    `before` and `after` are readable programs."""
 
     rewrites: tuple[Rewrite, ...]
     refusals: tuple[tuple[Refusal, tuple[str, int] | None], ...]
+    looped: tuple[Refusal, ...]
     before: str
     after: str
     validation_seconds: float
 
 
-def kernel_for(step: Step, plan: Plan) -> str:
-    """The name of the kernel that runs a plan on its device; raises `Refused` where there is none."""
-    names = []
-    for r in plan.recurrences:
-        state = step.carries[r.carry].meta["val"]
-        key_size, value_size = step.space.total(r.keys), step.space.total(r.values)
-        device = state.device.type
-        reason = supports(r.family, device, state.dtype, key_size, value_size)
-        if reason is not None:
-            raise Refused("no_kernel", reason, written_at(step, r.carry))
-        names.append({"cpu": "chunk (matrix products)", "cuda": "chunk (Triton)"}[device])
-    return " + ".join(dict.fromkeys(names)) or "parallel"
+def kernel_for(step: Step, stage: Stage) -> str:
+    """The name of the kernel that runs a stage on its device; raises `Refused` where there is none."""
+    if isinstance(stage, Generic):
+        return "looped step"
+    assert not isinstance(stage, Delay | Window)
+    state = step.carries[stage.carry].meta["val"]
+    device = state.device.type
+    if isinstance(stage, Recurrence):
+        ops = delta_ops if stage.family in delta_ops.FAMILIES else decay_ops
+        sizes = step.space.total(stage.keys), step.space.total(stage.values)
+        reason = ops.supports(stage.family, device, state.dtype, *sizes)
+        name = "chunk (matrix products)"
+        if ops is decay_ops:
+            own = "gla_values" if stage.value_decay else stage.family
+            name = decay_ops.kernel_name(own, device, state.dtype)
+    else:
+        scan = linear_scan if isinstance(stage, Elementwise) else selective_scan
+        reason, name = scan.supports(device, state.dtype), "scan in blocks"
+    if reason is not None:
+        raise Refused("no_kernel", reason, written_at(step, stage.carry))
+    return name
 
 
 def run_passes(gm: fx.GraphModule, *, options: Switches) -> Result:
     """Rewrite `gm` in place."""
     before = gm.print_readable(print_output=False)
-    rewrites, refusals, seconds = [], [], 0.0
-    if options.runs("recurrence"):
-        for region in nested_graphs(gm):
-            found = match_recurrences(region, validated=options.validate, kernel=kernel_for)
+    rewrites: list[Rewrite] = []
+    refusals: list[tuple[Refusal, tuple[str, int] | None]] = []
+    looped: list[Refusal] = []
+    seconds = 0.0
+    known = Known()
+    for region in nested_graphs(gm):
+        if options.runs("recurrence"):
+            found = match_recurrences(region, validated=options.validate, kernel=kernel_for, known=known)
             rewrites += found.rewrites
             refusals += [(refusal, scan.place) for refusal, scan in found.refusals]
+            looped += found.looped
             seconds += found.validation_seconds
+        if options.runs("parallel_attention"):
+            parallel = match_parallel(region, validated=options.validate)
+            rewrites += parallel.rewrites
+            refusals += [(refusal, None) for refusal in parallel.refusals]
+            seconds += parallel.validation_seconds
     after = gm.print_readable(print_output=False)
-    return Result(tuple(rewrites), tuple(refusals), before, after, seconds)
+    return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)

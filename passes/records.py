@@ -8,7 +8,6 @@ REASONS = {
     "graph_break": "The program is captured in pieces; only the first is explained.",
     "unsupported_op": "An operation without a rule is applied to the state.",
     "not_affine": "The update is not affine in the state.",
-    "not_a_recurrence": "The new state does not depend on the old one.",
     "unknown_recurrence": "The update is affine, but of no family that we know.",
     "not_outer_product": "What the update writes is not one outer product of a key and a value.",
     "decay_sign_unknown": "Nothing shows that a decay which needs a gradient is positive.",
@@ -22,7 +21,8 @@ REASONS = {
 class Rewrite:
     """One pattern that was recognised and replaced.
 
-    `source` is the user's "file.py:12"; `nodes_before` and `nodes_after` count graph nodes.
+    `source` is the user's "file.py:12"; `nodes_before` and `nodes_after` count graph nodes. A loop of no known family
+    has the family "generic", and a refusal beside this record says why.
     """
 
     pattern: str

@@ -85,7 +85,7 @@ def gradients(results: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -
             total = total.to(result.device) + (result.double().reshape(-1) * weight).sum()
     if not total.requires_grad:
         return []
-    grads = torch.autograd.grad(total, wanted, allow_unused=True)
+    grads = torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted, strict=True)]
 
 
@@ -93,6 +93,8 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     if got.shape != want.shape:
         return float("inf")
+    if not got.numel():
+        return 0.0
     return float((got - want).norm() / (want.norm() + 1e-6 * want.numel() ** 0.5))
 
 
@@ -127,19 +129,20 @@ class Claim:
             elif isinstance(value, torch.Tensor) and value.dtype.is_floating_point and i not in self.logs:
                 value.requires_grad_()
             before_in.append(value)
-        after_in, logs = list(before_in), []
+        logs = []
         for i in self.logs:
             if i in self.fixed:
                 logs.append(torch.log(before_in[i]))
             else:
                 logs.append((-before_in[i].abs()).requires_grad_())
                 before_in[i] = logs[-1].exp()
+        after_in = list(before_in)
         body, module = (in_float64(self.body), in_float64(self.module)) if wide else (self.body, self.module)
         before = looped(body, self.carries, self.reads)(*before_in)
         if not all(torch.isfinite(x).all() for x in before if x.dtype.is_floating_point):
             return None
         after = list(module(*after_in, *logs))
-        wanted = [x for x in (*after_in, *logs) if isinstance(x, torch.Tensor) and x.requires_grad]
+        wanted = [x for x in (*after_in, *logs) if isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf]
         pairs = [("value", error(a, b)) for a, b in zip(after, before, strict=True)]
         slopes = zip(gradients(after, wanted), gradients(before, wanted), strict=True)
         pairs += [("gradient", error(a, b)) for a, b in slopes]
