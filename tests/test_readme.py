@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from fla_compile.options import Options
-from fla_compile.passes.classify import EQUATIONS
 from fla_compile.passes.loop_analysis import REASONS as NOT_LIFTED
 from fla_compile.passes.loop_analysis import SILENT
 from fla_compile.passes.records import REASONS
+from fla_compile.passes.recurrence import EQUATIONS
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 

@@ -193,12 +193,23 @@ def test_a_training_step_with_an_optimiser():
     torch.testing.assert_close(weights, want_weights, rtol=1e-3, atol=1e-3)
 
 
-def test_a_refused_loop_runs_as_it_is_written(graphs, caplog):
+def strided(q, k, v, g):
+    S, o = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        S = torch.as_strided(S + k[:, t][..., None] * v[:, t][..., None, :], S.shape, S.stride())  # here
+        o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return o
+
+
+@pytest.mark.parametrize(("program", "op"), [(strided, None), (squashed, "torch.ops.fla_compile.loop")])
+def test_a_loop_of_no_known_family(program, op, graphs, caplog):
+    """One that cannot be looped runs as it is written, any other as a loop; both say why."""
     with caplog.at_level(logging.INFO, "fla_compile"):
-        assert_same(squashed, torch.compile(squashed, backend="fla", fullgraph=True), operands(ARGS))
+        assert_same(program, torch.compile(program, backend="fla", fullgraph=True), operands(ARGS))
     ((code, _),) = graphs
-    assert "higher_order.scan" not in code and "torch.ops.fla_compile" not in code
-    assert any(here(squashed) in r.getMessage() and "unsupported_op" in r.getMessage() for r in caplog.records)
+    assert "higher_order.scan" not in code
+    assert op in code if op else "torch.ops.fla_compile" not in code
+    assert any(here(program) in r.getMessage() and "unsupported_op" in r.getMessage() for r in caplog.records)
 
 
 def test_strict():
@@ -253,7 +264,7 @@ def test_options_are_plain_data():
     chosen = Options.parse({"disable": ["recurrence"], "inductor": {"max_autotune": True}})
     assert chosen.disable == ("recurrence",) and not chosen.runs("recurrence") and not chosen.runs("lift")
     assert Options(disable=("lift",)).runs("recurrence") and not Options(disable=("lift",)).runs("lift")
-    assert Options().runs("lift") and not Options(lift=False).runs("lift") and PASSES == ("lift", "recurrence")
+    assert Options().runs("lift") and not Options(lift=False).runs("lift") and PASSES[:2] == ("lift", "recurrence")
 
 
 @pytest.mark.parametrize("options", [{"lift": False}, {"disable": ("lift",)}], ids=["lift", "disable"])
@@ -332,14 +343,14 @@ def signed(q, k, v, a):
 @pytest.mark.parametrize("reset", [False, True], ids=["recompiled", "after reset"])
 def test_a_refusal_binds_its_own_compilation_only(reset):
     """A decay of unknown sign is refused where it needs a gradient, and taken where it does not."""
-    backend, args = Passes(), operands(ARGS)
+    backend, args = Passes(), operands(ARGS, k=32, v=32)
     compiled = torch.compile(signed, backend=backend, fullgraph=True)
-    assert_same(signed, compiled, args)
+    assert_same(signed, compiled, args, tolerance=1e-4)
     assert [r.reason for r in backend.report.refusals] == ["decay_sign_unknown"]
     if reset:
         torch._dynamo.reset()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*args), signed(*args), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(compiled(*args), signed(*args), rtol=1e-4, atol=1e-3)
     assert [r.family for r in backend.report.rewrites] == ["gla"] and not backend.report.refusals
 
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import assert_refused, assert_rewritten, operands
+from programs import assert_looped, assert_rewritten, operands
 from torch import fx
 
-from fla_compile.passes.log_decay import constant_value, emit, log_of, root_of
-from fla_compile.passes.match_recurrences import log_of_outer
+from fla_compile.passes.log_decay import LOG_ZERO, constant_value, emit, log_of, root_of
 from fla_compile.passes.memory import memory, written
+from fla_compile.passes.proofs import log_of_outer
 
 
 def captured(fn, *args):
@@ -108,7 +108,34 @@ def test_casts(fn):
     torch.testing.assert_close(got.double(), X, rtol=1e-6, atol=1e-6)
 
 
+MASKED = [
+    lambda x: torch.where(x > 0, 0.0, x.exp()),
+    lambda x: torch.where(x > 0, x.sigmoid(), 0.0),
+    lambda x: torch.where(x > 0, 1.0, x.exp()),
+    lambda x: torch.where(x > 0, x.exp(), x.sigmoid()),
+    lambda x: x.exp().masked_fill(x > 0, 0.0),
+    lambda x: x.exp().masked_fill(x > 0, 0.5),
+    lambda x: (x > 0).to(x.dtype),
+    lambda x: (x > 0).double() * x.exp(),
+    lambda x: torch.where(x > 0, 0.0, x.exp()).unsqueeze(-1) * 0.5,
+]
+
+
+@pytest.mark.parametrize("fn", MASKED, ids=range(len(MASKED)))
+def test_resets_are_zero_and_nothing_else(fn):
+    """The logarithm of zero is a number whose exp is zero, so that sums of it stay finite."""
+    got, _ = logarithm(fn, X)
+    assert got.isfinite().all() and math.exp(LOG_ZERO) == 0.0
+    torch.testing.assert_close(got.double().exp(), fn(X), rtol=1e-10, atol=0)
+
+
 UNPROVED = {
+    "where of what is unproved": lambda x: torch.where(x > 0, x, x.exp()),
+    "where of a negative number": lambda x: torch.where(x > 0, -1.0, x.exp()),
+    "filled with a negative number": lambda x: x.exp().masked_fill(x > 0, -1.0),
+    "fill of what is unproved": lambda x: x.masked_fill(x > 0, 0.0),
+    "one minus a mask and a half": lambda x: (x > 0).to(x.dtype) - 0.5,
+    "count": lambda x: (x > 0).long().to(x.dtype),
     "plain": lambda x: x,
     "relu": lambda x: x.relu(),
     "tanh": lambda x: x.tanh(),
@@ -323,7 +350,7 @@ def test_a_decay_changed_before_the_loop():
             o[:, t] = (q[:, t][..., None] * S).sum(-2)
         return o, S
 
-    assert_refused(loop, operands("bthk bthk bthv bthk"), "decay_sign_unknown", "exp(g)")
+    assert_looped(loop, operands("bthk bthk bthv bthk", k=16, v=24), "decay_sign_unknown", "exp(g)")
 
 
 def test_a_decay_changed_after_the_loop():
@@ -338,7 +365,7 @@ def test_a_decay_changed_after_the_loop():
         a.mul_(2)
         return o, S, a
 
-    assert_refused(loop, operands("bthk bthk bthv bthk"), "decay_sign_unknown")
+    assert_looped(loop, operands("bthk bthk bthv bthk", k=16, v=24), "decay_sign_unknown")
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4])

@@ -119,7 +119,7 @@ def test_a_state_that_never_changes():
         for t in range(q.shape[1]):
             S = S * 0.9 + k[:, t][..., None] * v[:, t][..., None, :]
             o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
-            held = held * 1.0
+            held = held.clone()
         return o, held
 
     assert_rewritten(fn, operands("bthk bthk bthv hk"), "retention")

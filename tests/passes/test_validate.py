@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import Passes, assert_refused, assert_rewritten, operands, outcome
+from programs import Passes, assert_looped, assert_refused, assert_rewritten, operands, outcome
 
 from fla_compile import explain
 from fla_compile.options import Options
+from fla_compile.passes import lower as lowering
 from fla_compile.passes import match_recurrences, validate
-from fla_compile.passes.lower_recurrence import Lowering
 
 
 def program(q, k, v, g):
@@ -24,17 +24,16 @@ def program(q, k, v, g):
 def spoiled(change):
     """Lowering with a mistake: `change(graph, kernel call)` edits the finished graph."""
 
-    class Spoiled(Lowering):
-        def module(self):
-            lowered = super().module()
-            graph = lowered.module.graph
-            (call,) = graph.find_nodes(op="call_function", target=torch.ops.fla_compile.gla.default)
+    def lower(*args):
+        lowered = lowering.lower(*args)
+        graph = lowered.module.graph
+        for call in graph.find_nodes(op="call_function", target=torch.ops.fla_compile.gla.default):
             with graph.inserting_before(call):
                 change(graph, call)
-            lowered.module.recompile()
-            return lowered
+        lowered.module.recompile()
+        return lowered
 
-    return Spoiled
+    return lower
 
 
 def wrong_scale(graph, call):
@@ -75,16 +74,33 @@ def does_not_run(graph, call):
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_a_wrong_replacement_is_refused(change, detail, monkeypatch, caplog):
-    monkeypatch.setattr(match_recurrences, "Lowering", spoiled(change))
+def test_a_wrong_replacement_is_looped(change, detail, monkeypatch, caplog):
+    monkeypatch.setattr(match_recurrences, "lower", spoiled(change))
     with caplog.at_level(logging.WARNING, "fla_compile"):
-        assert_refused(program, operands("bthk bthk bthv bthk"), "validation_failed", detail)
+        assert_looped(program, operands("bthk bthk bthv bthk"), "validation_failed", detail)
     assert any("validation_failed" in r.message and "test_validate.py" in r.message for r in caplog.records)
+
+
+def test_a_wrong_loop_is_left_as_it_was(monkeypatch):
+    """Where not even the looped step gives the same numbers, the program keeps its own."""
+
+    def lower(*args):
+        lowered = lowering.lower(*args)
+        graph = lowered.module.graph
+        (states_and_outputs,) = graph.output_node().args
+        with graph.inserting_before(graph.output_node()):
+            changed = [graph.call_function(torch.mul, (x, 1.01)) for x in states_and_outputs]
+        graph.output_node().args = (tuple(changed),)
+        lowered.module.recompile()
+        return lowered
+
+    monkeypatch.setattr(match_recurrences, "lower", lower)
+    assert_refused(program, operands("bthk bthk bthv bthk"), "validation_failed", "differ by")
 
 
 def test_without_validation_a_wrong_replacement_goes_through(monkeypatch):
     """What `validate=False` gives up; and proof that the test above spoils what it says."""
-    monkeypatch.setattr(match_recurrences, "Lowering", spoiled(wrong_gate))
+    monkeypatch.setattr(match_recurrences, "lower", spoiled(wrong_gate))
     args = operands("bthk bthk bthv bthk")
     backend = Passes(Options(validate=False))
     got, _ = torch.compile(program, backend=backend, fullgraph=True)(*args)

@@ -1,4 +1,4 @@
-"""What the tests of the passes share: data, a backend that stops after our passes, and the two kinds of verdict."""
+"""What the tests of the passes share: data, a backend that stops after our passes, and the three kinds of verdict."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fla_compile import dynamo
 from fla_compile.backend import report_on
 from fla_compile.options import Options
+from fla_compile.passes.recurrence import EQUATIONS
 from fla_compile.report import Report
 
 B, T, H, K, V = 2, 7, 2, 4, 6
@@ -86,6 +88,67 @@ def assert_same(fn: Callable, compiled: Callable, args: Sequence[Any], tolerance
             assert worst <= limit * max(1.0, b.abs().max().item()), f"{name} {i} differs by {worst:.1e}"
 
 
+class Cases(list):
+    """Programs of one test: `@cases("gla", "bthk bthv")` adds one, to be called with operands of these axes.
+
+    `@cases.cell` adds a step of time, see `over_time`.
+    """
+
+    def __call__(self, families: str, axes: str, **sizes: int) -> Callable[[Callable], Callable]:
+        def add(fn: Callable) -> Callable:
+            self.append(pytest.param(fn, families, axes, sizes, id=fn.__name__))
+            return fn
+
+        return add
+
+    def cell(self, families: str, axes: str, **sizes: int) -> Callable[[Callable], Callable]:
+        def add(fn: Callable) -> Callable:
+            self.append(pytest.param(over_time(fn, axes), families, axes, sizes, id=fn.__name__))
+            return fn
+
+        return add
+
+
+def bare(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An empty state [B,H,K,V] for q [B,T,H,K] and v [B,T,H,V]."""
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+
+
+def read(q: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
+    """q^T S for q [B,H,K] and S [B,H,K,V]."""
+    return torch.einsum("bhk,bhkv->bhv", q, S)
+
+
+def write(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """k v^T [B,H,K,V]."""
+    return k[..., None] * v[..., None, :]
+
+
+def compiled_as(
+    fn: Callable, args: Sequence[Any], then: str, tolerance: float | None, reference: Callable | None
+) -> tuple[Report, str]:
+    """The report on `fn` and the graph after the passes, once values and gradients are those of eager."""
+    backend = Passes(then=then)
+    assert_same(reference or fn, torch.compile(fn, backend=backend, fullgraph=True), args, tolerance)
+    report = backend.report
+    after = report.graph("after")
+    assert "higher_order.scan" in report.graph("before"), report.refusals
+    assert "higher_order.scan" not in after, report.refusals
+    return report, after
+
+
+def assert_families(report: Report, after: str, families: Sequence[str]) -> None:
+    """The loops are of these families, and the operator of each is in the graph."""
+    assert tuple(r.family for r in report.rewrites) == tuple(families), report.refusals
+    for rewrite in report.rewrites:
+        names = rewrite.family.split(" + ")
+        assert rewrite.pattern == "recurrence"
+        assert rewrite.equation == "; ".join(EQUATIONS[name] for name in names if name in EQUATIONS)
+        for name in names:
+            if name in EQUATIONS:
+                assert f"torch.ops.fla_compile.{'loop' if name == 'generic' else name}" in after
+
+
 def assert_rewritten(
     fn: Callable,
     args: Sequence[Any],
@@ -94,40 +157,118 @@ def assert_rewritten(
     tolerance: float | None = None,
     reference: Callable | None = None,
 ) -> Report:
-    """Each loop of `fn` becomes the kernel of its family ("a + b" for two states), and nothing else changes.
+    """Each loop of `fn` becomes the kernels of its families ("a + b" for two states), and nothing else changes.
 
     `reference` is `fn` itself unless eager autograd cannot differentiate it.
     """
-    backend = Passes(then=then)
-    assert_same(reference or fn, torch.compile(fn, backend=backend, fullgraph=True), args, tolerance)
-    report = backend.report
+    report, after = compiled_as(fn, args, then, tolerance, reference)
     assert report.refusals == ()
-    assert tuple(r.family for r in report.rewrites) == families
-    after = report.graph("after")
-    for family in {name for names in families for name in names.split(" + ")}:
-        assert f"torch.ops.fla_compile.{family}" in after
-    assert "higher_order.scan" in report.graph("before") and "higher_order.scan" not in after
+    assert_families(report, after, families)
+    assert "torch.ops.fla_compile.loop" not in after
+    return report
+
+
+def assert_looped(
+    fn: Callable,
+    args: Sequence[Any],
+    reason: str,
+    detail: str = "",
+    *,
+    families: str = "generic",
+    then: str = "eager",
+    tolerance: float | None = None,
+    reference: Callable | None = None,
+) -> Report:
+    """The loop of `fn` runs as a loop, with known stages beside it; one refusal says why, at the line "# here"."""
+    report, after = compiled_as(fn, args, then, tolerance, reference)
+    assert_families(report, after, [families])
+    assert families.split(" + ").count("generic") == 1
+    assert_told(fn, report, reason, detail)
     return report
 
 
 def assert_refused(
     fn: Callable, args: Sequence[Any], reason: str, detail: str = "", tolerance: float | None = None
 ) -> Report:
-    """The loop of `fn` is refused at the line marked "# here", and then computes what it did."""
+    """The loop of `fn` is refused at the line marked "# here", and then traced as plain `torch.compile` would."""
     backend = Passes()
     assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), args, tolerance)
     report = backend.report
     assert report.rewrites == ()
-    (refusal,) = report.refusals
-    assert (refusal.pattern, refusal.reason) == ("recurrence", reason), refusal
-    assert detail in refusal.detail, refusal
-    assert refusal.source == here(fn), refusal
+    assert_told(fn, report, reason, detail)
     assert "torch.ops.fla_compile" not in report.graph("after")
     return report
 
 
+def assert_told(fn: Callable, report: Report, reason: str, detail: str) -> None:
+    (refusal,) = report.refusals
+    assert (refusal.pattern, refusal.reason) == ("recurrence", reason), refusal
+    assert detail in refusal.detail, refusal
+    assert refusal.source == here(fn), refusal
+
+
+def over_time(cell: Callable, axes: str) -> Callable:
+    """The program that calls `y, state = cell(state, *reads, *invariants)` at each step, and returns both.
+
+    axes: those of the first state, then of what has time (two to six tensors), then of what has not.
+    """
+    timed = sum("t" in letters for letters in axes.split()[1:])
+
+    def of_two(S, a, b, *fixed):
+        outs = []
+        for t in range(a.shape[1]):
+            y, S = cell(S, a[:, t], b[:, t], *fixed)
+            outs.append(y)
+        return torch.stack(outs, 1), S
+
+    def of_three(S, a, b, c, *fixed):
+        outs = []
+        for t in range(a.shape[1]):
+            y, S = cell(S, a[:, t], b[:, t], c[:, t], *fixed)
+            outs.append(y)
+        return torch.stack(outs, 1), S
+
+    def of_four(S, a, b, c, d, *fixed):
+        outs = []
+        for t in range(a.shape[1]):
+            y, S = cell(S, a[:, t], b[:, t], c[:, t], d[:, t], *fixed)
+            outs.append(y)
+        return torch.stack(outs, 1), S
+
+    def of_five(S, a, b, c, d, e, *fixed):
+        outs = []
+        for t in range(a.shape[1]):
+            y, S = cell(S, a[:, t], b[:, t], c[:, t], d[:, t], e[:, t], *fixed)
+            outs.append(y)
+        return torch.stack(outs, 1), S
+
+    def of_six(S, a, b, c, d, e, f, *fixed):
+        outs = []
+        for t in range(a.shape[1]):
+            y, S = cell(S, a[:, t], b[:, t], c[:, t], d[:, t], e[:, t], f[:, t], *fixed)
+            outs.append(y)
+        return torch.stack(outs, 1), S
+
+    program: Any = {2: of_two, 3: of_three, 4: of_four, 5: of_five, 6: of_six}[timed]
+    program.cell = cell
+    return program
+
+
+def dynamic_in_time(compiled: Callable, axes: str) -> Callable:
+    """`compiled` with the axis "t" of its operands marked as dynamic, where it is longer than 1."""
+
+    def call(*args):
+        for x, letters in zip(args, axes.split(), strict=True):
+            if "t" in letters and x.shape[letters.index("t")] > 1:
+                torch._dynamo.mark_dynamic(x, letters.index("t"))
+        return compiled(*args)
+
+    return call
+
+
 def here(fn: Callable) -> str:
-    """ "file.py:12" of the line marked "# here" in the source of `fn`."""
+    """ "file.py:12" of the line marked "# here" in the source of `fn`, or of its cell."""
+    fn = getattr(fn, "cell", fn)
     lines, first = inspect.getsourcelines(fn)
     (marked,) = [first + i for i, line in enumerate(lines) if line.rstrip().endswith("# here")]
     return f"{Path(inspect.getsourcefile(fn) or '').name}:{marked}"
