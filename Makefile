@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/train_bytes.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 # `kernels`, `passes` and `models` are imported from inside `fla_compile`: mypy is shown them there.
 lint: $(VENV)/installed

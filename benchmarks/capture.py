@@ -2,6 +2,7 @@
 
     python benchmarks/capture.py
     python benchmarks/capture.py --backend inductor --lengths 64 256     # what unrolling costs
+    python benchmarks/capture.py --layers 24 --lengths 4096 --repeats 1  # a deep model
 
 "capture" is all of compilation before Inductor: Dynamo with the lift, for backend "fla" recognition, validation and
 lowering, then AOT. Each length is compiled anew, `--repeats` times in turn; the median counts. Nodes are those of the
@@ -39,6 +40,20 @@ class NaiveGLA(nn.Module):
         return self.out(o.flatten(-2))
 
 
+class Deep(nn.Module):
+    """Residual layers of naive GLA, as a deep model stacks them."""
+
+    def __init__(self, layers: int, dim: int, heads: int):
+        super().__init__()
+        self.layers = nn.ModuleList(NaiveGLA(dim, heads) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-5) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x))
+        return x
+
+
 def compile_once(backend: str, layer: nn.Module, x: Tensor) -> dict[str, float]:
     """Seconds and node counts of compiling `layer` at the shape of `x`, from nothing."""
     torch._dynamo.reset()
@@ -70,14 +85,16 @@ def main() -> None:
     p.add_argument("--backend", default="fla", help="any torch.compile backend")
     p.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096], help="values of T")
     p.add_argument("--repeats", type=int, default=5, help="compilations of each length")
+    p.add_argument("--layers", type=int, default=1, help="layers of the model")
     p.add_argument("--dim", type=int, default=64, help="width of the layer")
     p.add_argument("--heads", type=int, default=2, help="heads of the layer")
     args = p.parse_args()
 
     torch.manual_seed(0)
-    layer = NaiveGLA(args.dim, args.heads)
+    layer = NaiveGLA(args.dim, args.heads) if args.layers == 1 else Deep(args.layers, args.dim, args.heads)
     inputs = {T: torch.randn(1, T, args.dim) for T in args.lengths}
-    compile_once(args.backend, layer, torch.randn(1, min(args.lengths) // 2, args.dim))  # imports and caches, once
+    warm = NaiveGLA(args.dim, args.heads)
+    compile_once(args.backend, warm, torch.randn(1, min(args.lengths) // 2, args.dim))  # imports and caches, once
     runs: dict[int, list[dict[str, float]]] = {T: [] for T in args.lengths}
     for _ in range(args.repeats):
         for T in args.lengths:
@@ -87,8 +104,9 @@ def main() -> None:
     ]
     for row in rows:
         row["capture, to the shortest"] = row["capture s"] / rows[0]["capture s"]
+    section = args.backend if args.layers == 1 else f"{args.backend}, {args.layers} layers"
     print(table(rows))
-    print("wrote", save("capture", "cpu", args.backend, rows, vars(args)))
+    print("wrote", save("capture", "cpu", section, rows, vars(args)))
 
 
 if __name__ == "__main__":
