@@ -52,9 +52,9 @@ class Known:
 
     found: dict[tuple, Recognised] = field(default_factory=dict)
 
-    def like(self, scan: Scan) -> tuple[Recognised, dict[int, Log]] | None:
-        """An earlier result that holds for this scan too, with the proofs that it needs."""
-        recognised = self.found.get(signature(scan) or ())
+    def like(self, scan: Scan, key: tuple | None) -> tuple[Recognised, dict[int, Log]] | None:
+        """An earlier result under this signature that holds for this scan too, with the proofs that it needs."""
+        recognised = self.found.get(key) if key is not None else None
         if recognised is None:
             return None
         outer = {index: log_of_outer(scan.operands[index]) for index in recognised.lowered.logs}
@@ -81,7 +81,8 @@ def recognise(
     check_memory(scan)
     if inner_scans(scan.body):
         raise Refused("unknown_recurrence", "the loop has another loop inside")
-    earlier = known.like(scan)
+    key = signature(scan)
+    earlier = known.like(scan, key)
     if earlier is not None:
         return earlier
     try:
@@ -92,7 +93,6 @@ def recognise(
         log.warning("%s: recurrence refused: %s: %s", short_source(scan.place), refused.reason, refused.detail)
         plan, lowered, outer = understood(scan, found, kernel, validated, looped=refused)
     recognised = Recognised(plan, lowered)
-    key = signature(scan)
     if key is not None:
         known.found[key] = recognised
     return recognised, outer

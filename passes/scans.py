@@ -88,11 +88,12 @@ def identities(scan: Scan) -> frozenset[int]:
     for i, operand in enumerate(scan.operands):
         value = operand.meta.get("example_value") if isinstance(operand, fx.Node) else None
         square = isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[0] == value.shape[1]
-        if i < len(scan.init) + len(scan.reads) or not square or memory(operand) & written(operand.graph):
+        if i < len(scan.init) + len(scan.reads) or not square:
             continue
         constant = constant_value(operand)
         if constant is not None and torch.equal(constant, torch.eye(len(constant), dtype=constant.dtype)):
-            found.add(i)
+            if not memory(operand) & written(operand.graph):
+                found.add(i)
     return frozenset(found)
 
 
