@@ -62,12 +62,14 @@ def decays(g: Tensor | None, C: int) -> Decay:
     """The factors for g [..., C, K or 1], on the largest leaf on which they are safe."""
     if g is None:
         return Decay(C, None, None, (), None, None, None, None, None)
+    if g.device.type != "cpu":
+        return _blocked_decays(g, 1)
     sums = torch.empty(g.shape, dtype=g.dtype, device=g.device).copy_(g)
     first, second = (x.squeeze(-3) for x in halves_of(sums, C // 2))
     prefix_sum_(sums.unflatten(-2, (2, -1)))
     low, high = (x.item() for x in sums.aminmax())
     if not (high - low <= MILD and -MILD <= low and high <= MILD):  # NaN is not mild either
-        return _blocked_decays(g, C)
+        return _blocked_decays(g, leaf_size(g))
     state_q, state_k = (x[..., -1:, :].mT.exp() for x in (first, second))
     first.sub_(first[..., -1:, :].clone())
     leaf_q = sums.exp_()
@@ -75,8 +77,8 @@ def decays(g: Tensor | None, C: int) -> Decay:
     return Decay(C, leaf_q, leaf_k, (), leaf_q, leaf_k, state_q, state_k, state_q * state_k)
 
 
-def _blocked_decays(g: Tensor, C: int) -> Decay:
-    leaf = leaf_size(g)
+def _blocked_decays(g: Tensor, leaf: int) -> Decay:
+    C = g.shape[-2]
     leaf_q = leaf_k = None
     levels = []
     # up_i is the sum from the block's first row to row i, down_j that from row j + 1 to the block's end.

@@ -14,8 +14,12 @@ q and k are [B, T, H, K], v and o are [B, T, H, V], the state is [B, H, K, V]. N
 float32, float64 operands in float64. All are differentiable by autograd.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from fla_compile.kernels.packed import each_sequence
 
 __all__ = [
     "naive_gla",
@@ -40,9 +44,10 @@ def naive_linear_attention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = S_{t-1} + k_t v_t^T."""
-    return _recur(q, k, v, None, scale, initial_state, output_final_state)
+    return _recur(q, k, v, None, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def naive_retention(
@@ -54,12 +59,13 @@ def naive_retention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = gamma S_{t-1} + k_t v_t^T, gamma [H] constant in time (None: RetNet's)."""
     if gamma is None:
         gamma = retnet_gamma(q.shape[2], device=q.device, dtype=_wide(q.dtype))
     a = gamma.to(_wide(q.dtype)).view(1, 1, -1, 1).expand(q.shape[0], q.shape[1], -1, 1)
-    return _recur(q, k, v, a, scale, initial_state, output_final_state)
+    return _recur(q, k, v, a, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def naive_simple_gla(
@@ -71,10 +77,11 @@ def naive_simple_gla(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = exp(g_t) S_{t-1} + k_t v_t^T, g [B, T, H]."""
     a = g.to(_wide(q.dtype)).exp().unsqueeze(-1)
-    return _recur(q, k, v, a, scale, initial_state, output_final_state)
+    return _recur(q, k, v, a, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def naive_gla(
@@ -87,12 +94,13 @@ def naive_gla(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T, g [B, T, H, K] or gv [B, T, H, V] or both."""
     if g is None and gv is None:
         raise ValueError("gla needs a gate: g over keys, gv over values, or both; linear_attention has none")
     a, w = (None if x is None else x.to(_wide(q.dtype)).exp() for x in (g, gv))
-    return _recur(q, k, v, a, scale, initial_state, output_final_state, w=w)
+    return _recur(q, k, v, a, scale, initial_state, output_final_state, cu_seqlens, w=w)
 
 
 def naive_rwkv6(
@@ -105,11 +113,12 @@ def naive_rwkv6(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = scale * (S_{t-1} + diag(u) k_t v_t^T)^T q_t, u [H, K] or None."""
     a = g.to(_wide(q.dtype)).exp()
     u = q.new_zeros(q.shape[2:], dtype=_wide(q.dtype)) if u is None else u.to(_wide(q.dtype))
-    return _recur(q, k, v, a, scale, initial_state, output_final_state, u=u)
+    return _recur(q, k, v, a, scale, initial_state, output_final_state, cu_seqlens, u=u)
 
 
 def _recur(
@@ -120,9 +129,28 @@ def _recur(
     scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
+    cu_seqlens: Tensor | None,
     *,
     w: Tensor | None = None,  # [B, T, H, V]
     u: Tensor | None = None,  # [H, K]; given, the state is read before the update
+) -> tuple[Tensor, Tensor | None]:
+    if cu_seqlens is None:
+        return _loop(q, k, v, a, scale, initial_state, output_final_state, w=w, u=u)
+    rows = {"q": q, "k": k, "v": v, "a": a, "w": w}
+    return each_sequence(partial(_loop, scale=scale, u=u), cu_seqlens, rows, initial_state, output_final_state)
+
+
+def _loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    *,
+    w: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     B, T, H, K = q.shape
     dtype = _wide(q.dtype)

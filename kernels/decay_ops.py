@@ -23,7 +23,8 @@ from fla_compile.kernels.decay_checks import (
     supports,
 )
 from fla_compile.kernels.decay_naive import retnet_gamma
-from fla_compile.kernels.decay_values import gla_values
+from fla_compile.kernels.decay_values import gla_values, gla_values_packed
+from fla_compile.kernels.packed import check_packed, register_packed
 from fla_compile.kernels.rwkv6_ops import rwkv6
 
 __all__ = ["FAMILIES", "gla", "kernel_name", "linear_attention", "retention", "rwkv6", "simple_gla", "supports"]
@@ -137,6 +138,8 @@ def _register(family: str) -> torch.library.CustomOpDef:
 
 
 OPS = {family: _register(family) for family in ("linear_attention", "retention", "simple_gla", "gla")}
+# a constant decay would go on through the steps that fill a batch: packed, retention is simple_gla
+PACKED = {family: register_packed(OPS[family], _setup_context, _backward) for family in OPS if family != "retention"}
 
 
 def linear_attention(
@@ -147,14 +150,16 @@ def linear_attention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention without normaliser, S_t = S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; initial_state [B, H, K, V]; scale K^-0.5 if None. Returns o [B, T, H, V] in v's
-    dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError
-    for shapes, dtypes or devices that do not agree. Source: Katharopoulos et al. 2020, arXiv:2006.16236.
+    q, k [B, T, H, K]; v [B, T, H, V]; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs
+    N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final
+    state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or
+    devices that do not agree, and for an empty sequence. Source: Katharopoulos et al. 2020, arXiv:2006.16236.
     """
-    return _run("linear_attention", q, k, v, None, scale, initial_state, output_final_state)
+    return _run("linear_attention", q, k, v, None, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def retention(
@@ -166,20 +171,25 @@ def retention(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retention, S_t = gamma S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, with gamma constant for each head.
 
     q, k [B, T, H, K]; v [B, T, H, V]; gamma [H] in (0, 1], a factor and not its logarithm, 1 - 2^(-5-h) if None;
-    initial_state [B, H, K, V]; scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state
-    [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or
-    devices that do not agree. Source: Sun et al. 2023, arXiv:2307.08621.
+    initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1, states [N, H,
+    K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32
+    (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree, and
+    for an empty sequence. Source: Sun et al. 2023, arXiv:2307.08621.
     """
-    check_operands("retention", q, k, v, initial_state)
+    check_operands("retention", q, k, v, check_packed("q", q, cu_seqlens, initial_state))
     if gamma is None:
         gamma = retnet_gamma(q.shape[2], device=q.device, dtype=state_dtype(q))
     else:
         check_gate("gamma", gamma, FAMILIES["retention"], q, v)
-    return _run("retention", q, k, v, gamma.to(state_dtype(q)).log(), scale, initial_state, output_final_state)
+    g = gamma.to(state_dtype(q)).log()
+    if cu_seqlens is None:
+        return _run("retention", q, k, v, g, scale, initial_state, output_final_state)
+    return _run("simple_gla", q, k, v, g.expand(q.shape[:3]), scale, initial_state, output_final_state, cu_seqlens)
 
 
 def simple_gla(
@@ -191,15 +201,17 @@ def simple_gla(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with one gate a head and step, S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t.
 
     q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H], the natural logarithm of the decay, best kept in float32;
-    initial_state [B, H, K, V]; scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state
-    [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or
-    devices that do not agree. Source: Dao and Gu 2024, arXiv:2405.21060.
+    initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1, states [N, H,
+    K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32
+    (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree, and
+    for an empty sequence. Source: Dao and Gu 2024, arXiv:2405.21060.
     """
-    return _run("simple_gla", q, k, v, g, scale, initial_state, output_final_state)
+    return _run("simple_gla", q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def gla(
@@ -212,23 +224,26 @@ def gla(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention, S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T and o_t = scale * S_t^T q_t.
 
     q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K] and gv [B, T, H, V], one of them or both, the natural logarithms
-    of the decays, best kept in float32; initial_state [B, H, K, V]; scale K^-0.5 if None. Returns o [B, T, H, V] in
-    v's dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises
-    ValueError for shapes, dtypes or devices that do not agree. Source: Yang et al. 2023, arXiv:2312.06635.
+    of the decays, best kept in float32; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0
+    packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the
+    final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes,
+    dtypes or devices that do not agree, and for an empty sequence. Source: Yang et al. 2023, arXiv:2312.06635.
     """
     if gv is None:
         if g is None:
             raise ValueError("gla needs a gate: g over keys, gv over values, or both; linear_attention has none")
-        return _run("gla", q, k, v, g, scale, initial_state, output_final_state)
-    check_operands("gla_values", q, k, v, initial_state)
+        return _run("gla", q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+    check_operands("gla_values", q, k, v, check_packed("q", q, cu_seqlens, initial_state))
     if g is not None:
         check_gate("g", g, FAMILIES["gla"], q, v)
     check_gate("gv", gv, "BTHV", q, v)
-    o, final = gla_values(q, k, v, g, gv, initial_state, q.shape[-1] ** -0.5 if scale is None else scale)
+    operands = q, k, v, g, gv, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
+    o, final = gla_values(*operands) if cu_seqlens is None else gla_values_packed(*operands, cu_seqlens)
     return o, final if output_final_state else None
 
 
@@ -241,9 +256,11 @@ def _run(
     scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    check_operands(family, q, k, v, initial_state)
+    check_operands(family, q, k, v, check_packed("q", q, cu_seqlens, initial_state))
     if g is not None:
         check_gate("g", g, FAMILIES[family], q, v)
-    o, final = OPS[family](q, k, v, g, initial_state, q.shape[-1] ** -0.5 if scale is None else scale)
+    operands = q, k, v, g, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
+    o, final = OPS[family](*operands) if cu_seqlens is None else PACKED[family](*operands, cu_seqlens)
     return o, final if output_final_state else None

@@ -28,6 +28,7 @@ from fla_compile.kernels.decay_triton_common import (
     KINDS,
     NO_DECAY,
     as_decay,
+    chunk_program,
     launch_key_scores,
     launch_states,
     load_columns,
@@ -35,6 +36,7 @@ from fla_compile.kernels.decay_triton_common import (
     plan_launch,
     row_decay,
     store_rows,
+    sweep_program,
 )
 
 __all__ = ["chunk_backward", "chunk_forward"]
@@ -47,12 +49,7 @@ def chunk_fused_kernel(
     DECAY: tl.constexpr, HAS_H0: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BK covers all keys; p_a holds the scores under a decay over keys and is not read otherwise."""
-    NV: tl.constexpr = tl.cdiv(V, BV)
-    i_p = tl.program_id(0)
-    i_v = i_p % NV
-    i_bh = i_p // NV
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
+    i_bh, i_b, i_h, _, i_v = sweep_program(H, K, V, BK, BV)
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -106,16 +103,8 @@ def chunk_output_kernel(
     DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, h, chunk, V block); p_h [B*H, chunks, K, V] holds the state before each chunk."""
-    NV: tl.constexpr = tl.cdiv(V, BV)
     NK: tl.constexpr = tl.cdiv(K, BK)
-    i_p = tl.program_id(0)
-    n_t = tl.cdiv(T, C)
-    i_v = i_p % NV
-    i_bt = i_p // NV
-    i_bh = i_bt // n_t
-    i_h = i_bh % H
-    t_0 = (i_bt % n_t) * C
-    i_row = ((i_bh // H).to(tl.int64) * T + t_0) * H + i_h
+    i_v, i_bt, i_h, t_0, i_row = chunk_program(T, H, C, V, BV)
     o_c = tl.arange(0, C)
     o_v = i_v * BV + tl.arange(0, BV)
     m_c = t_0 + o_c < T

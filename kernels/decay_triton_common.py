@@ -54,6 +54,30 @@ def store_rows(p_x, b_x, o_row, o_col, m_row, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def chunk_program(T, H, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program for each chunk and block of SIZE: block, chunk among all, head, first step, first row of T * H."""
+    BLOCKS: tl.constexpr = tl.cdiv(SIZE, BLOCK)
+    i_p = tl.program_id(0)
+    n_t = tl.cdiv(T, C)
+    i_bt = i_p // BLOCKS
+    i_bh = i_bt // n_t
+    i_h = i_bh % H
+    t_0 = (i_bt % n_t) * C
+    i_row = ((i_bh // H).to(tl.int64) * T + t_0) * H + i_h
+    return i_p % BLOCKS, i_bt, i_h, t_0, i_row
+
+
+@triton.jit
+def sweep_program(H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """One program for each block of a state: its sequence and head together and apart, K block and V block."""
+    NK: tl.constexpr = tl.cdiv(K, BK)
+    NV: tl.constexpr = tl.cdiv(V, BV)
+    i_p = tl.program_id(0)
+    i_bh = i_p // NV // NK
+    return i_bh, (i_bh // H).to(tl.int64), i_bh % H, (i_p // NV) % NK, i_p % NV
+
+
+@triton.jit
 def as_decay(b_g):
     b_g = b_g.to(tl.float32)
     return tl.where(b_g < LOWEST, LOWEST, b_g)
@@ -86,14 +110,7 @@ def chunk_state_kernel(
     DECAY: tl.constexpr, HAS_H0: tl.constexpr, STORE_HT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, h, K block, V block) walks the chunks; p_h [B*H, chunks, K, V] gets the state before each."""
-    NK: tl.constexpr = tl.cdiv(K, BK)
-    NV: tl.constexpr = tl.cdiv(V, BV)
-    i_p = tl.program_id(0)
-    i_v = i_p % NV
-    i_k = (i_p // NV) % NK
-    i_bh = i_p // NV // NK
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
+    i_bh, i_b, i_h, i_k, i_v = sweep_program(H, K, V, BK, BV)
     n_t = tl.cdiv(T, C)
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -138,17 +155,9 @@ def chunk_key_scores_kernel(
     Columns before the 16 rows are one product, both factors taken relative to the first of these rows; inside the
     16 x 16 block the exponents are summed column by column, going back from the diagonal.
     """
-    NS: tl.constexpr = C // SUB
     NK: tl.constexpr = tl.cdiv(K, BK)
-    i_p = tl.program_id(0)
-    i_s = i_p % NS
-    n_t = tl.cdiv(T, C)
-    i_t = (i_p // NS) % n_t
-    i_bh = i_p // (NS * n_t)
-    i_h = i_bh % H
-    t_0 = i_t * C
+    i_s, _, _, t_0, i_row = chunk_program(T, H, C, C, SUB)
     r_0 = i_s * SUB
-    i_row = ((i_bh // H).to(tl.int64) * T + t_0) * H + i_h
     o_r = r_0 + tl.arange(0, SUB)
     o_c = tl.arange(0, C)
     m_r = t_0 + o_r < T

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
 from fla_compile.kernels.decay_checks import state_dtype
+from fla_compile.kernels.packed import register_packed
 
 DEVICES = ("cpu", "cuda")
 
@@ -84,3 +85,4 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
 
 
 gla_values.register_autograd(_backward, setup_context=_setup_context)
+gla_values_packed = register_packed(gla_values, _setup_context, _backward)

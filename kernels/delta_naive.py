@@ -13,8 +13,12 @@ in gated_delta_rule and [B, T, H, K] in kda and dplr. Narrow operands are comput
 float64. All four are differentiable by autograd.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from fla_compile.kernels.packed import each_sequence
 
 __all__ = ["naive_delta_rule", "naive_dplr", "naive_gated_delta_rule", "naive_kda"]
 
@@ -28,9 +32,10 @@ def naive_delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T."""
-    return _delta(q, k, v, None, beta, scale, initial_state, output_final_state)
+    return _delta(q, k, v, None, beta, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def naive_gated_delta_rule(
@@ -43,9 +48,10 @@ def naive_gated_delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, g [B, T, H]."""
-    return _delta(q, k, v, g.unsqueeze(-1), beta, scale, initial_state, output_final_state)
+    return _delta(q, k, v, g.unsqueeze(-1), beta, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def naive_kda(
@@ -58,9 +64,10 @@ def naive_kda(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, g [B, T, H, K]."""
-    return _delta(q, k, v, g, beta, scale, initial_state, output_final_state)
+    return _delta(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def naive_dplr(
@@ -74,8 +81,26 @@ def naive_dplr(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = (diag(exp(g_t)) + b_t c_t^T) S_{t-1} + k_t v_t^T, g [B, T, H, K]."""
+    if cu_seqlens is None:
+        return _dplr(q, k, v, g, b, c, scale, initial_state, output_final_state)
+    rows = {"q": q, "k": k, "v": v, "g": g, "b": b, "c": c}
+    return each_sequence(partial(_dplr, scale=scale), cu_seqlens, rows, initial_state, output_final_state)
+
+
+def _dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    c: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
     dtype = _wide(q.dtype)
     S = _start(q, v, initial_state)
     o = []
@@ -91,6 +116,23 @@ def _delta(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,  # [B, T, H, K or 1]
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    if cu_seqlens is None:
+        return _loop(q, k, v, g, beta, scale, initial_state, output_final_state)
+    rows = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    return each_sequence(partial(_loop, scale=scale), cu_seqlens, rows, initial_state, output_final_state)
+
+
+def _loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
     beta: Tensor,
     scale: float | None,
     initial_state: Tensor | None,

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla_compile.kernels.packed import check_packed, each_sequence, register_packed
+
 __all__ = ["linear_scan", "naive_linear_scan", "scan_into", "supports"]
 
 DEVICES = ("cpu", "cuda")
@@ -49,9 +51,20 @@ LARGEST_STATE = {torch.float32: 128, torch.float64: 200}
 
 
 def naive_linear_scan(
-    x: Tensor, a: Tensor, *, initial_state: Tensor | None = None, output_final_state: bool = False
+    x: Tensor,
+    a: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """h_t = a_t h_{t-1} + x_t, one step after another; x and a [B, T, D], initial_state [B, D]."""
+    if cu_seqlens is None:
+        return _loop(x, a, initial_state, output_final_state)
+    return each_sequence(_loop, cu_seqlens, {"x": x, "a": a}, initial_state, output_final_state)
+
+
+def _loop(x: Tensor, a: Tensor, initial_state: Tensor | None, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     dtype = _wide(x.dtype)
     h = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype) if initial_state is None else initial_state.to(dtype)
     steps = []
@@ -296,6 +309,7 @@ def _autograd(ctx: Any, dh: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
 
 
 linear_scan_op.register_autograd(_autograd, setup_context=_setup_context)
+linear_scan_packed = register_packed(linear_scan_op, _setup_context, _autograd, fill={"a": 1.0}, keep_output=True)
 
 
 def supports(device_type: str, dtype: torch.dtype) -> str | None:
@@ -308,24 +322,32 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def linear_scan(
-    x: Tensor, a: Tensor, *, initial_state: Tensor | None = None, output_final_state: bool = False
+    x: Tensor,
+    a: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The elementwise recurrence h_t = a_t h_{t-1} + x_t.
 
-    x and a [B, T, D], a the factor itself and of any sign; initial_state [B, D]. Returns h [B, T, D] in x's dtype and
-    the final state [B, D] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes
-    or devices that do not agree. Source: Qin et al. 2023, arXiv:2311.04823.
+    x and a [B, T, D], a the factor itself and of any sign; initial_state [B, D]; cu_seqlens [N + 1], int32 or int64,
+    where row 0 packs N sequences (B = 1, states [N, D]). Returns h [B, T, D] in x's dtype and the final state [B, D] in
+    float32 (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not
+    agree, and for an empty sequence. Source: Qin et al. 2023, arXiv:2311.04823.
     """
     check_operand("x", x, "BTD", x, "x", "BTD")
     check_operand("a", a, "BTD", x, "x", "BTD")
-    if initial_state is not None:
-        check_operand("initial_state", initial_state, "BD", x, "x", "BTD")
+    first = check_packed("x", x, cu_seqlens, initial_state)
+    if first is not None:
+        check_operand("initial_state", first, "BD", x, "x", "BTD")
     if x.shape[1] == 0:
         raise ValueError("x has T=0, at least T=1 is needed")
     reason = supports(x.device.type, x.dtype)
     if reason is not None:
         raise ValueError(f"x: {reason}")
-    h, final = linear_scan_op(x, a, initial_state)
+    operands = x, a, initial_state
+    h, final = linear_scan_op(*operands) if cu_seqlens is None else linear_scan_packed(*operands, cu_seqlens)
     return h, final if output_final_state else None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fla_compile.kernels.decay_checks import FAMILIES, check_gate, check_operands, chunks_for, state_dtype
+from fla_compile.kernels.packed import check_packed, register_packed
 
 __all__ = ["rwkv6"]
 
@@ -125,6 +126,7 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
 
 
 rwkv6_op.register_autograd(_backward, setup_context=_setup_context)
+rwkv6_packed = register_packed(rwkv6_op, _setup_context, _backward, shared=("u",))
 
 
 def rwkv6(
@@ -137,17 +139,20 @@ def rwkv6(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """RWKV-6, o_t = scale * (S_{t-1} + diag(u) k_t v_t^T)^T q_t and S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K], the natural logarithm of the decay, best kept in float32; u
-    [H, K], the bonus of the step itself, zero if None; initial_state [B, H, K, V]; scale K^-0.5 if None. Returns o
-    [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place.
-    Raises ValueError for shapes, dtypes or devices that do not agree. Source: Peng et al. 2024, arXiv:2404.05892.
+    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K], the natural logarithm of the decay, best kept in float32; u [H,
+    K], the bonus of the step itself, zero if None; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64,
+    where row 0 packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's
+    dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for
+    shapes, dtypes or devices that do not agree, and for an empty sequence. Source: Peng et al. 2024, arXiv:2404.05892.
     """
-    check_operands("rwkv6", q, k, v, initial_state)
+    check_operands("rwkv6", q, k, v, check_packed("q", q, cu_seqlens, initial_state))
     check_gate("g", g, FAMILIES["rwkv6"], q, v)
     if u is not None:
         check_gate("u", u, "HK", q, v)
-    o, final = rwkv6_op(q, k, v, g, u, initial_state, q.shape[-1] ** -0.5 if scale is None else scale)
+    operands = q, k, v, g, u, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
+    o, final = rwkv6_op(*operands) if cu_seqlens is None else rwkv6_packed(*operands, cu_seqlens)
     return o, final if output_final_state else None

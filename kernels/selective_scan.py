@@ -20,12 +20,14 @@ Source: Gu and Dao 2023, arXiv:2312.00752.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fla_compile.kernels.linear_scan import DEVICES, check_operand, scan_into, supports
+from fla_compile.kernels.packed import check_packed, each_sequence, register_packed
 
 __all__ = ["naive_selective_scan", "selective_scan", "supports"]
 
@@ -43,8 +45,24 @@ def naive_selective_scan(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = exp(dt_t A) * S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t, one step after another."""
+    if cu_seqlens is None:
+        return _loop(x, dt, A, B, C, initial_state, output_final_state)
+    rows = {"x": x, "dt": dt, "B": B, "C": C}
+    return each_sequence(partial(_loop, A=A), cu_seqlens, rows, initial_state, output_final_state)
+
+
+def _loop(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
     dtype = _wide(x.dtype)
     out_dtype = x.dtype
     x, dt, A, B, C = (z.to(dtype) for z in (x, dt, A, B, C))
@@ -257,6 +275,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dST: Tensor | None) -> tuple[Tensor |
 
 
 selective_scan_op.register_autograd(_autograd, setup_context=_setup_context)
+selective_scan_packed = register_packed(selective_scan_op, _setup_context, _autograd, shared=("A",))
 
 
 def selective_scan(
@@ -268,18 +287,21 @@ def selective_scan(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mamba's selective scan, S_t = exp(dt_t A) * S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t.
 
-    x and dt [B, T, D]; A [D, N], usually negative; B and C [B, T, N]; initial_state [B, D, N]. dt is the step size
-    after its softplus, best kept in float32. Returns y [B, T, D] in x's dtype and the final state [B, D, N] in float32
-    (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree.
-    Source: Gu and Dao 2023, arXiv:2312.00752.
+    x and dt [B, T, D]; A [D, N], usually negative; B and C [B, T, N]; initial_state [B, D, N]; cu_seqlens, int32 or
+    int64, where row 0 packs sequences (B = 1, states [sequences, D, N]). dt is the step size after its softplus,
+    best kept in float32. Returns y [B, T, D] in x's dtype and the final state [B, D, N] in float32 (float64 for
+    float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree, and for an empty
+    sequence. Source: Gu and Dao 2023, arXiv:2312.00752.
     """
     check_operand("x", x, "BTD", x, "x", "BTD")
     check_operand("dt", dt, "BTD", x, "x", "BTD")
     check_operand("A", A, "DN", x, "x", "BTD")
-    for name, z, axes in (("B", B, "BTN"), ("C", C, "BTN"), ("initial_state", initial_state, "BDN")):
+    first = check_packed("x", x, cu_seqlens, initial_state)
+    for name, z, axes in (("B", B, "BTN"), ("C", C, "BTN"), ("initial_state", first, "BDN")):
         if z is not None:
             check_operand(name, z, axes, x, "x", "BTD")
             check_operand(name, z, axes, A, "A", "DN")
@@ -289,5 +311,6 @@ def selective_scan(
     if reason is not None:
         raise ValueError(f"x: {reason}")
     wide = _wide(x.dtype)
-    y, final = selective_scan_op(dt.to(wide) * x.to(wide), dt, A, B, C, initial_state)
+    operands = dt.to(wide) * x.to(wide), dt, A, B, C, initial_state
+    y, final = selective_scan_op(*operands) if cu_seqlens is None else selective_scan_packed(*operands, cu_seqlens)
     return y.to(x.dtype), final if output_final_state else None

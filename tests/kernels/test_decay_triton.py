@@ -18,8 +18,9 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
+from range_cases import check_where_finite  # noqa: E402
 
-from fla_compile.kernels import decay_triton, decay_triton_bwd, decay_triton_common  # noqa: E402
+from fla_compile.kernels import decay_triton, decay_triton_bwd, decay_triton_common, decay_triton_grads  # noqa: E402
 from fla_compile.kernels.decay_configs import KINDS, TABLE, Config, all_configs, configs_for  # noqa: E402
 
 SCALE = 0.3
@@ -76,7 +77,10 @@ def check_results(case, x, got, dtype, truth=None, eager=None):
     errors = {}
     for name, y in got.items():
         kind = "forward" if name in ("o", "final_state") else "backward"
-        check_budget(f"{case} {name}", y, truth[name], eager[name].to(y.dtype), kind)
+        if case.decay == "hills":  # sums of g reach 70: they keep less than the budget's floor
+            check_where_finite(f"{case} {name}", y, truth[name], eager[name])
+        else:
+            check_budget(f"{case} {name}", y, truth[name], eager[name].to(y.dtype), kind)
         size = truth[name].double().square().mean().sqrt().item()
         error = (y.double() - truth[name]).square().mean().sqrt().item()
         errors[name] = error / max(size, SMALLEST.get(dtype, 1e-30))
@@ -93,6 +97,7 @@ def interpret() -> None:
     cases = [Case(f, 37, "strong", B=1, H=2, K=20, V=24) for f in FAMILIES]
     cases += [Case(f, 1, "weak", B=2, H=1, K=16, V=8) for f in FAMILIES]
     cases += [Case(f, 33, d, B=1, H=1, K=8, V=16) for f in FAMILIES[1:] for d in ("very_strong", "resets", "growing")]
+    cases += [Case(f, 193, "hills", B=1, H=1, K=8, V=8) for f in ("simple_gla", "gla")]
     for dtype in (torch.float32, torch.float16):
         for case in cases if dtype == torch.float32 else cases[: 2 * len(FAMILIES)]:
             x = make_inputs(case, dtype)
@@ -109,7 +114,7 @@ def test_interpreted():
     env["PYTHONPATH"] = os.pathsep.join(path)
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 4 * len(FAMILIES) + 9
+    assert done.stdout.count("ok ") == 4 * len(FAMILIES) + 11
 
 
 def test_every_size_has_a_split_row():
@@ -151,7 +156,7 @@ def kernels_of(row, kind):
         K=row.size, V=row.size, C=config.chunk, BK=min(config.block_k, row.size), BV=config.block_v,
         DECAY=decay_triton_common.KINDS[kind],
     )  # fmt: skip
-    common, forward, backward = decay_triton_common, decay_triton, decay_triton_bwd
+    common, forward, backward, grads = decay_triton_common, decay_triton, decay_triton_bwd, decay_triton_grads
     scores = dict(K=row.size, C=config.chunk, BK=min(config.block_k, 32))
     if row.launch == "fused":
         found = [(forward.chunk_fused_kernel, dict(tile, HAS_H0=True))]
@@ -161,12 +166,12 @@ def kernels_of(row, kind):
             (forward.chunk_output_kernel, tile),
             (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH0=True)),
             (backward.chunk_value_grad_kernel, tile),
-            (backward.chunk_query_key_grad_kernel, tile),
+            (grads.chunk_query_key_grad_kernel, tile),
         ]
         if kind == "vector":
             found += [
-                (backward.chunk_value_scores_kernel, dict(V=row.size, C=config.chunk, BV=config.block_v)),
-                (backward.chunk_key_grad_kernel, dict(K=row.size, C=config.chunk, BK=config.block_k)),
+                (grads.chunk_value_scores_kernel, dict(V=row.size, C=config.chunk, BV=config.block_v)),
+                (grads.chunk_key_grad_kernel, dict(K=row.size, C=config.chunk, BK=config.block_k)),
             ]
     return found + [(common.chunk_key_scores_kernel, scores)] * (kind == "vector")
 
@@ -177,7 +182,7 @@ def compile_kernel(kernel, constants, row, kind, precision):
 
     config, constants = TABLE[row][0], dict(constants, PRECISION=precision)
     wide = set(WIDE)
-    if kind == "vector" and kernel is decay_triton_bwd.chunk_query_key_grad_kernel:
+    if kind == "vector" and kernel is decay_triton_grads.chunk_query_key_grad_kernel:
         wide |= {"p_dq", "p_dk"}
     unused = {"none": {"p_g", "p_a", "p_dg"}, "vector": set()}.get(kind, {"p_a"})
     signature, values, attributes = {}, {}, {}
@@ -234,12 +239,14 @@ SHAPES = {
 DECAYS = ("zero", "weak", "strong", "very_strong", "resets")
 
 
-def gpu_cases(family, K, V):
+def gpu_cases(family, K, V, dtype):
     """One shape at every length and decay, so that kernels are compiled once a shape."""
     if family in ("linear_attention", "retention") and K != 40:
         return [Case(family, 130, "weak", B=1, H=2, K=K, V=V)]
     cases = [Case(family, T, "weak", B=2, H=3, K=K, V=V) for T in (1, 63, 64, 65)]
     cases += [Case(family, 130, d, B=1, H=2, K=K, V=V) for d in DECAYS if family != "linear_attention"]
+    if dtype == torch.float32 and family in ("simple_gla", "gla"):
+        cases.append(Case(family, 193, "hills", B=1, H=2, K=K, V=V))
     return [*cases, Case(family, 1000, "weak", B=1, H=2, K=K, V=V)] if K < 64 else cases
 
 
@@ -256,7 +263,7 @@ def test_gpu(family, dtype, record_property):
     for K, V in SHAPES[dtype]:
         args = KIND[family], dtype.itemsize, max(K, V), decay_triton_common.shared_limit(torch.device("cuda"))
         launches = [(fused, c) for fused in (False, True) for c in configs_for(arch, ("split", "fused")[fused], *args)]
-        for case in gpu_cases(family, K, V):
+        for case in gpu_cases(family, K, V, dtype):
             x = on_gpu(make_inputs(case, dtype))
             truth = naive_results(case, x, torch.float64)
             eager = (naive_results if dtype == torch.float32 else narrow_results)(case, x, dtype)

@@ -1,18 +1,14 @@
 import pytest
 import torch
-from budget import check_budget
-from decay_cases import Case, call, make_inputs, make_leaves, results, truth_and_eager
-from torch._dynamo.testing import CompileCounterWithBackend
+from decay_cases import Case, make_inputs, make_leaves
+from operator_checks import LENGTHS, STRENGTHS, check_against_naive, check_compiles_once, check_each_output_alone
 
 from fla_compile.kernels import decay_naive, decay_ops, decay_values
 
 FAMILIES = ("gla_values", "gla_both")
-SIZES = [Case(family, T, B=1) for family in FAMILIES for T in (1, 63, 64, 65, 200)]
+SIZES = [Case(family, T, B=1) for family in FAMILIES for T in LENGTHS]
 SIZES += [Case("gla_both", 3, B=3, H=5, K=7, V=5), Case("gla_values", 70, B=1, H=1, K=1, V=1)]
-DECAYS = [
-    Case("gla_values", 130, B=1, H=2, value_decay=values)
-    for values in ("zero", "strong", "very_strong", "resets", "hard_resets", "mixed", "growing")
-]
+DECAYS = [Case("gla_values", 130, B=1, H=2, value_decay=values) for values in STRENGTHS]
 DECAYS += [
     Case("gla_both", 130, keys, B=1, H=2, value_decay=values)
     for keys, values in (
@@ -29,14 +25,8 @@ DECAYS += [
 
 
 def _check(case, dtype):
-    x = make_inputs(case, dtype)
-    got = results(decay_ops.gla, case, x, dtype)
-    truth, eager = truth_and_eager(case, x, dtype)
-    assert got.keys() == truth.keys() and "dgv" in got
-    for name, y in got.items():
-        check_budget(
-            f"{case} {name}", y, truth[name], eager[name], "forward" if name in ("o", "final_state") else "backward"
-        )
+    gradients = ("dgv",) if case.family == "gla_values" else ("dg", "dgv")
+    check_against_naive(decay_ops.gla, case, dtype, gradients=gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -90,37 +80,11 @@ def test_opcheck_backward(family):
 
 
 def test_compiles_once_for_every_length():
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def run(leaves):
-        operands = leaves["q"], leaves["k"], leaves["v"], leaves["g"], leaves["gv"]
-        return decay_ops.gla(*operands, scale=0.3, initial_state=leaves["h0"], output_final_state=True)
-
-    fn = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
-    for B, T in ((2, 17), (5, 48), (4, 65)):
-        case = Case("gla_both", T, B=B)
-        x = make_inputs(case, torch.float32)
-        leaves = make_leaves(x, torch.float32)
-        got = torch.autograd.grad(fn(leaves), list(leaves.values()), [x.do, x.dht])
-        expected = list(results(decay_ops.gla, case, x, torch.float32).values())[2:]
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
-    assert counter.frame_count == 1
-    targets = [str(node.target) for node in counter.graphs[0].graph.nodes]
-    assert sum("fla_compile.gla_values" in target for target in targets) == 1
+    check_compiles_once(decay_ops.gla, "gla_both", "fla_compile.gla_values")
 
 
 def test_only_the_output_or_only_the_state():
-    case = Case("gla_both", 70)
-    x = make_inputs(case, torch.float64)
-    for part, (do, dht) in enumerate(((x.do, None), (None, x.dht))):
-        grads = []
-        for fn in (decay_ops.gla, decay_naive.naive_gla):
-            leaves = make_leaves(x, torch.float64)
-            out = call(fn, case, leaves)[part]
-            grads.append(torch.autograd.grad(out, list(leaves.values()), do if part == 0 else dht, allow_unused=True))
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+    check_each_output_alone(decay_ops.gla, decay_naive.naive_gla, Case("gla_both", 70))
 
 
 def _x(*shape, device="cpu"):

@@ -1,29 +1,19 @@
 import pytest
 import torch
-from budget import check_budget
-from decay_cases import Case, call, make_inputs, make_leaves, results, truth_and_eager
-from torch._dynamo.testing import CompileCounterWithBackend
+from decay_cases import Case, make_inputs, make_leaves
+from operator_checks import LENGTHS, STRENGTHS, check_against_naive, check_compiles_once, check_each_output_alone
 
 from fla_compile.kernels import decay_naive, rwkv6_ops
 
 FAMILIES = ("rwkv6", "rwkv6_no_bonus")
-SIZES = [Case(family, T, B=1) for family in FAMILIES for T in (1, 63, 64, 65, 200)]
+SIZES = [Case(family, T, B=1) for family in FAMILIES for T in LENGTHS]
 SIZES += [Case("rwkv6", 3, B=3, H=5, K=7, V=5), Case("rwkv6", 70, B=1, H=1, K=1, V=1)]
-DECAYS = [
-    Case("rwkv6", 130, decay, B=1, H=2)
-    for decay in ("zero", "strong", "very_strong", "resets", "hard_resets", "mixed", "growing")
-]
+DECAYS = [Case("rwkv6", 130, decay, B=1, H=2) for decay in STRENGTHS]
 
 
 def _check(case, dtype):
-    x = make_inputs(case, dtype)
-    got = results(rwkv6_ops.rwkv6, case, x, dtype)
-    truth, eager = truth_and_eager(case, x, dtype)
-    assert got.keys() == truth.keys() and ("du" in got) == (case.family == "rwkv6")
-    for name, y in got.items():
-        check_budget(
-            f"{case} {name}", y, truth[name], eager[name], "forward" if name in ("o", "final_state") else "backward"
-        )
+    gradients = ("dg", "du") if case.family == "rwkv6" else ("dg",)
+    check_against_naive(rwkv6_ops.rwkv6, case, dtype, gradients=gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -75,37 +65,11 @@ def test_opcheck_backward(family):
 
 
 def test_compiles_once_for_every_length():
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def run(leaves):
-        operands = leaves["q"], leaves["k"], leaves["v"], leaves["g"], leaves["u"]
-        return rwkv6_ops.rwkv6(*operands, scale=0.3, initial_state=leaves["h0"], output_final_state=True)
-
-    fn = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
-    for B, T in ((2, 17), (5, 48), (4, 65)):
-        case = Case("rwkv6", T, B=B)
-        x = make_inputs(case, torch.float32)
-        leaves = make_leaves(x, torch.float32)
-        got = torch.autograd.grad(fn(leaves), list(leaves.values()), [x.do, x.dht])
-        expected = list(results(rwkv6_ops.rwkv6, case, x, torch.float32).values())[2:]
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b)
-    assert counter.frame_count == 1
-    targets = [str(node.target) for node in counter.graphs[0].graph.nodes]
-    assert sum("fla_compile.rwkv6" in target for target in targets) == 1
+    check_compiles_once(rwkv6_ops.rwkv6, "rwkv6", "fla_compile.rwkv6")
 
 
 def test_only_the_output_or_only_the_state():
-    case = Case("rwkv6", 70)
-    x = make_inputs(case, torch.float64)
-    for part, grad in enumerate((x.do, x.dht)):
-        found = []
-        for fn in (rwkv6_ops.rwkv6, decay_naive.naive_rwkv6):
-            leaves = make_leaves(x, torch.float64)
-            out = call(fn, case, leaves)[part]
-            found.append(torch.autograd.grad(out, list(leaves.values()), grad, allow_unused=True))
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+    check_each_output_alone(rwkv6_ops.rwkv6, decay_naive.naive_rwkv6, Case("rwkv6", 70))
 
 
 def _x(*shape, device="cpu"):
