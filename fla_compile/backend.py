@@ -35,7 +35,7 @@ def report_on(gm: fx.GraphModule, example_inputs: list[Any], options: Options) -
     trace = dynamo.current_trace()
     dynamo.want_fixed_floats(gm)
     with dynamo.untraced():
-        result = run_passes(gm, options=options)
+        result = run_passes(gm, options=options, lifted=trace.lifted)
     found = (*trace.refusals, *(refusal for refusal, _ in result.refusals), *result.looped)
     refusals = tuple(dict.fromkeys(found))
     for refusal in refusals:

@@ -1,10 +1,9 @@
-"""The one module that touches Dynamo's private parts; written against torch 2.11 to 2.13.
+"""With dynamo_scan, all that touches Dynamo's private parts; written against torch 2.11 to 2.13.
 
-Four hooks, all inert unless the backend of the current compilation is ours:
+Three hooks, all inert unless the backend of the current compilation is ours:
 * the function given to `torch.compile` is called through a small wrapper, so that it is inlined like any other;
 * when Dynamo inlines a function that has time loops, it traces the function's twin (see passes/lift_loops.py) instead;
-* where a lifted loop cannot be kept, Dynamo starts the frame again with that loop as the user wrote it;
-* an object made before a scan keeps the attributes that it is given after it, which Dynamo loses.
+* where a lifted loop cannot be kept, Dynamo starts the frame again with that loop as the user wrote it.
 
 If torch has moved what these hooks hang on, `install` says so once and compilation goes on without lifting.
 """
@@ -20,11 +19,12 @@ from typing import Any
 import torch
 from torch._guards import CompileContext, TracingContext
 
+from fla_compile import dynamo_scan
 from fla_compile.options import Options
 from fla_compile.passes.lift_loops import LoopSite, lift_loops
 from fla_compile.passes.loop_analysis import NO_TIME_LOOP, SILENT
 from fla_compile.passes.loop_refusal import not_liftable
-from fla_compile.passes.normalise import short_source
+from fla_compile.passes.places import short_source
 from fla_compile.passes.records import Refusal
 
 log = logging.getLogger("fla_compile")
@@ -68,6 +68,11 @@ def backend_options(compiler_fn: Any) -> Options | None:
         else:
             return None
     return None
+
+
+def is_ours(output_graph: Any) -> bool:
+    """Whether the backend of the compilation that makes this graph is ours."""
+    return backend_options(getattr(output_graph, "compiler_fn", None)) is not None
 
 
 def current_trace() -> Trace:
@@ -198,33 +203,15 @@ def install() -> bool:
         except (ImportError, AttributeError) as error:
             log.warning("time loops are not lifted: torch %s has no %s", torch.__version__, error)
             _installed = False
+        else:
+            dynamo_scan.install(is_ours)
     return _installed
 
 
-def _follow_side_effects(proxy: Any) -> None:
-    """Let an object's `__dict__` look into the current table of side effects.
-
-    Dynamo puts another table in place of the one in force before a scan, and an object that remembers the old one
-    stores into that, where nobody looks.
-    """
-    own = "_fla_side_effects"
-
-    def current(self: Any) -> Any:
-        remembered = getattr(self, own)
-        output = remembered.output_graph_weakref()
-        if output is None or backend_options(output.compiler_fn) is None:
-            return remembered
-        return output.side_effects
-
-    proxy.side_effects = property(current, lambda self, table: setattr(self, own, table))
-
-
 def _hook() -> None:
-    import torch._higher_order_ops.partitioner as partitioner
     from torch._dynamo import exc
     from torch._dynamo.eval_frame import _TorchDynamoContext, innermost_backend
     from torch._dynamo.symbolic_convert import InliningInstructionTranslator
-    from torch._dynamo.variables import dicts
 
     assert issubclass(exc.TensorifyScalarRestartAnalysis, exc.RestartAnalysis)
     assert issubclass(exc.UnspecializeRestartAnalysis, exc.RestartAnalysis)
@@ -245,10 +232,6 @@ def _hook() -> None:
                 fn = _own_frame(fn)
         return decorate(self, fn)
 
-    # torch 2.11 left this logger at DEBUG, which prints the graphs of every scan.
-    logging.getLogger(partitioner.__name__).setLevel(logging.NOTSET)
-    if hasattr(dicts, "SideEffectsProxyDict"):
-        _follow_side_effects(dicts.SideEffectsProxyDict)
     InliningInstructionTranslator.inline_call = classmethod(inline_call)  # type: ignore[assignment]
     _TorchDynamoContext.__call__ = call  # type: ignore[method-assign]
 

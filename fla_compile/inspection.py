@@ -59,6 +59,6 @@ def explain(model_or_fn: Callable, *args: Any, **kwargs: Any) -> Report:
 
 def _where(lines: list[str]) -> str:
     """The last user line that Dynamo's message names."""
-    from fla_compile.passes.normalise import innermost_frame, short_source
+    from fla_compile.passes.places import innermost_frame, short_source
 
     return short_source(innermost_frame("\n".join(lines)))

@@ -14,11 +14,12 @@ from fla_compile.passes.families import Prover, recurrence
 from fla_compile.passes.fission import delay_of, groups
 from fla_compile.passes.generic import generic
 from fla_compile.passes.normal_form import Factor, NoNormalForm
-from fla_compile.passes.normalise import Step, elements
+from fla_compile.passes.normalise import focus
 from fla_compile.passes.polynomials import less
 from fla_compile.passes.read_outs import ReadOut, read_outs, wanted
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Elementwise, Generic, Plan, Recurrence, Selective, Stage, Update, family_of
+from fla_compile.passes.step import Step, elements
 from fla_compile.passes.updates import update_of, written_at
 
 KernelOf = Callable[[Step, Stage], str]
@@ -40,7 +41,7 @@ def classify(step: Step, prove: Prover, kernel: KernelOf, looped: Refused | None
     kernels: dict[str, None] = {}
     solved = step.idle
     for group in groups(step):
-        step.focus(group, solved)
+        focus(step, group, solved)
         found = [generic(step, group, looped)] if looped else stages_of(step, group, prove)
         try:
             kernels.update(dict.fromkeys(kernel(step, stage) for stage in found if family_of(stage)))

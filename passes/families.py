@@ -12,11 +12,11 @@ from torch import fx
 from fla_compile.passes import normal_form as nf
 from fla_compile.passes.log_decay import Log
 from fla_compile.passes.normal_form import Factor, Labels, Term
-from fla_compile.passes.normalise import Step
-from fla_compile.passes.polynomials import less, renamed, same_factors
+from fla_compile.passes.polynomials import less, renamed, same_factors, without
 from fla_compile.passes.read_outs import ReadOut, values_of
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Erase, Factors, Recurrence, Update
+from fla_compile.passes.step import Step
 from fla_compile.passes.updates import state_factor, written_at
 
 Prover = Callable[[fx.Node], Log | None]
@@ -38,7 +38,7 @@ def recurrence(step: Step, update: Update, read: ReadOut | None, prove: Prover) 
         raise Refused("not_outer_product", "the update is elementwise", where)
     k = tuple(f for f in write.factors if set(f.labels) & set(keys))
     v = tuple(f for f in write.factors if f not in k)
-    erase = _erase(step, update, keys, where)
+    erase = _erase(step, update, keys, written_at(step, update.carry))
     factors = (*q, *k, *v, *update.decay, *((*erase.scale, *erase.left, *erase.right) if erase else ()))
     if any(len(set(f.labels)) != len(f.labels) for f in factors):
         raise Refused("unknown_recurrence", "a diagonal of a tensor is taken", where)
@@ -182,11 +182,32 @@ def _delta(step: Step, r: Recurrence, where: str) -> Recurrence:
     v = tuple(f for f in r.v if f not in beta)
     over_keys = tuple(f for f, _ in r.decay if set(f.labels) & set(r.keys))
     scalars = tuple(f for f, _ in r.decay if f not in over_keys)
-    if same_factors(erase.left, r.k):
-        if same_factors(erase.right, (*r.k, *over_keys)) and same_factors(erase.scale, (*beta, *scalars)):
-            plain = "gated_delta_rule" if r.decay or r.decay_coef != 1.0 else "delta_rule"
+    plain = "gated_delta_rule" if r.decay or r.decay_coef != 1.0 else "delta_rule"
+    erased = without(erase.scale, scalars)
+    if same_factors(erase.left, r.k) and same_factors(erase.right, (*r.k, *over_keys)) and erased is not None:
+        split = _rates(erased, beta)
+        if split is not None:
+            beta, of_key, of_value = split
             # A constant factor of k counts twice in the erase and once in the write: v takes up the difference.
             coef = -erase.coef / r.decay_coef
-            family = "kda" if over_keys else plain
-            return replace(r, family=family, v=v, beta=beta, beta_coef=coef, write_coef=r.write_coef / coef)
+            return replace(
+                r,
+                family="kda" if over_keys else plain,
+                k=(*of_key, *r.k),
+                v=(*of_value, *v),
+                beta=beta,
+                beta_coef=coef,
+                write_coef=r.write_coef / coef,
+            )
     return replace(r, family="dplr")
+
+
+def _rates(erased: Factors, written: Factors) -> tuple[Factors, Factors, Factors] | None:
+    """beta, x and y where the scalars of the erase are beta x x and those of the write beta x y: k is scaled by x (its
+    norm, say) and v by y."""
+    of_key = list(erased)
+    of_value = []
+    for factor in written:
+        of_key.remove(factor) if factor in of_key else of_value.append(factor)
+    beta = without(less(written, of_value), of_key)
+    return None if beta is None else (beta, tuple(of_key), tuple(of_value))

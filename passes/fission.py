@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fla_compile.passes.normalise import Step, original, shape_of
+from fla_compile.passes.step import Step, original, shape_of
 
 aten = torch.ops.aten
 

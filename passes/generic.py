@@ -8,10 +8,10 @@ that norms, gates and projections run after the loop for all steps at once, and 
 import torch
 from torch import fx
 
-from fla_compile.passes.normalise import Step, elements
 from fla_compile.passes.read_outs import wanted
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Generic
+from fla_compile.passes.step import Step, elements
 
 # Operations that shrink or grow a tensor count as small below, or large above, this factor.
 MUCH = 2

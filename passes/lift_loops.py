@@ -32,7 +32,7 @@ from types import CodeType, FunctionType
 
 from fla_compile.passes.loop_analysis import describe
 from fla_compile.passes.loop_forms import Form, Speller, free_prefix
-from fla_compile.passes.loop_names import walk_scope
+from fla_compile.passes.loop_names import COMPREHENSIONS, walk_scope
 from fla_compile.passes.loop_plan import LoopPlan
 from fla_compile.passes.loop_rewrite import rewrite_function
 from fla_compile.passes.loop_scope import Scope
@@ -61,7 +61,7 @@ class Lifted:
 
 NOTHING = Lifted(None, (), ())
 LOOPS = frozenset(n for name, n in opcode.opmap.items() if name == "FOR_ITER" or "JUMP_BACKWARD" in name)
-BUILTINS = frozenset("range zip enumerate reversed list tuple len".split())
+BUILTINS = frozenset("range zip enumerate reversed list tuple len min".split())
 
 
 def lift_loops(fn: FunctionType, *, skip: frozenset[tuple[str, int]] = frozenset()) -> Lifted:
@@ -82,7 +82,9 @@ def lift_loops(fn: FunctionType, *, skip: frozenset[tuple[str, int]] = frozenset
 
 
 def _has_loop(code: CodeType) -> bool:
-    return not LOOPS.isdisjoint(code.co_code[::2]) and not _hides_builtins(code)
+    # Until Python 3.12 a comprehension is a code object of its own.
+    codes = [code, *(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name in ("<listcomp>", "<genexpr>"))]
+    return any(not LOOPS.isdisjoint(c.co_code[::2]) for c in codes) and not _hides_builtins(code)
 
 
 def _hides_builtins(code: CodeType) -> bool:
@@ -97,7 +99,7 @@ def _lift_code(
     if tree is None:
         return None, (), ()
     module, function = tree
-    if not any(isinstance(n, ast.Subscript | ast.For | ast.While) for n in walk_scope(function.body)):
+    if not any(isinstance(n, (ast.Subscript, ast.For, ast.While, *COMPREHENSIONS)) for n in walk_scope(function.body)):
         return None, (), ()
     prefix = free_prefix(function)
     speller = Speller(function, code.co_filename, prefix)

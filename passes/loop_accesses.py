@@ -97,8 +97,9 @@ class Accesses:
         if isinstance(entry, ast.Slice):
             whole = entry.step is None or (isinstance(entry.step, ast.Constant) and entry.step.value == 1)
             low, high = entry.lower, entry.upper
+            high, limit = (index.capped(high) if high else None) or (high, None)
             if whole and low and high and index.mentioned(low) and index.is_affine(low) and index.is_affine(high):
-                return Steps(index.resolve(low), index.resolve(high))
+                return Steps(index.resolve(low), index.resolve(high), limit)
         elif isinstance(entry, ast.Name) and entry.id == index.name:
             return Steps()
         elif index.is_affine(entry):

@@ -3,6 +3,7 @@
 import ast
 
 from fla_compile.passes.loop_accesses import Accesses
+from fla_compile.passes.loop_calls import find_watched, watch
 from fla_compile.passes.loop_names import (
     Liveness,
     assigned_value,
@@ -23,6 +24,10 @@ def find_carries(body: Body, accesses: Accesses) -> tuple[Carry, ...]:
     carried = body.bound & exposed & defined | undefined
     mutated = _mutated(body, accesses, carried)
     carried |= mutated | body.containers
+    watched = find_watched(body, accesses, carried, defined)
+    shared = sorted(mutated & body.scope.captured(body.loop))
+    if shared:
+        body.refuse("state_escapes", f"{shared[0]} is shared with another function", body.loop)
     for name in sorted((body.bound - carried) & body.scope.live_after[id(body.loop)]):
         body.refuse("state_escapes", f"{name} of the last step is used after the loop", body.binding(name))
     for node in body.nodes:
@@ -43,10 +48,12 @@ def find_carries(body: Body, accesses: Accesses) -> tuple[Carry, ...]:
         if name in mutated and name in rebound and not fresh:
             detail = f"{name} is updated in place and rebound, and something else may refer to its first value"
             body.refuse("mutates_input", detail, rebound[name])
-        kept = name in body.containers or (name in mutated and not fresh)
-        carries.append(Carry(name, name in mutated, kept, name not in undefined))
+        kept = name in mutated and not fresh
+        seen = watch(body, name, False) if name in watched or name in mutated else None
+        carries.append(Carry(name, name in mutated, kept, name not in undefined, seen))
     _check_fixed(body, accesses, carried)
-    return tuple(carries)
+    tentative = [Carry(n, False, False, True, watch(body, n, True)) for n in sorted(watched) if watched[n]]
+    return (*carries, *tentative)
 
 
 def _bound_by_step(body: Body, accesses: Accesses, name: str) -> bool:
@@ -62,7 +69,7 @@ def _bound_by_step(body: Body, accesses: Accesses, name: str) -> bool:
 def _check_fixed(body: Body, accesses: Accesses, carried: set[str]) -> None:
     """Refuse positions, tests and numbers that are computed before the loop from what a step changes."""
     places = [*(read.steps for read in accesses.reads), *accesses.write_steps()]
-    steps = [value for place in places for value in (place.at, place.end)]
+    steps = [value for place in places for value in (place.at, place.end, place.limit)]
     values = [*steps, *(n.value for n in accesses.numbers), *(t.difference for t in accesses.tests)]
     for value in values:
         changed = read_names(value) & carried
@@ -79,6 +86,9 @@ def _mutated(body: Body, accesses: Accesses, carried: set[str]) -> set[str]:
         for node in ast.walk(statement):
             for name in _changed_by(body, accesses, node):
                 for root in _roots(body, name, position, set()):
+                    owner = root.split(".")[0]
+                    if owner != root and body.scope.starts_container(owner, body.loop):
+                        root = owner
                     if root in body.written and root not in time_read:
                         continue
                     if root in time_read or "." in root or root not in body.scope.locals:

@@ -18,6 +18,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from fla_compile.passes.loop_comprehensions import spell_comprehensions
 from fla_compile.passes.loop_index import MEASURES
 from fla_compile.passes.loop_iterables import Iterable, Unknown, spell
 from fla_compile.passes.loop_names import bound_names, read_names, walk_scope
@@ -72,6 +73,7 @@ class Speller:
         self._block(self.function.body, skip)
 
     def _block(self, block: list[ast.stmt], skip: frozenset[int]) -> None:
+        spell_comprehensions(self.function, block, self.prefix)
         for s in list(block):
             if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue

@@ -35,6 +35,7 @@ class Index:
         self.name = loop.target.id
         self.changing = changing | comprehension_targets(loop.body)
         self.aliases: dict[str, ast.expr] = {}
+        self.caps: dict[str, tuple[ast.expr, ast.expr]] = {}
         self.dropped: dict[int, ast.stmt] = {}
         for place, s in enumerate(loop.body):
             if isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name):
@@ -42,11 +43,14 @@ class Index:
                 if self.mentioned(s.value) and self.is_affine(s.value) and _bound_here_first(loop.body, place, name):
                     self.aliases[name] = self.resolve(s.value)
                     self.dropped[id(s)] = s
+                elif (cap := self.capped(s.value)) and _only_ends_slices(loop.body, place, name):
+                    self.caps[name] = cap
+                    self.dropped[id(s)] = s
         self.ignored = {id(n) for s in self.dropped.values() for n in ast.walk(s)}
 
     @property
     def names(self) -> set[str]:
-        return {self.name, *self.aliases}
+        return {self.name, *self.aliases, *self.caps}
 
     def mentioned(self, node: ast.AST | None) -> bool:
         return node is not None and any(isinstance(n, ast.Name) and n.id in self.names for n in ast.walk(node))
@@ -63,6 +67,8 @@ class Index:
         return True
 
     def is_affine(self, e: ast.expr) -> bool:
+        if isinstance(e, ast.Name) and e.id in self.caps:
+            return False
         if (isinstance(e, ast.Name) and e.id in self.names) or self.is_fixed(e):
             return True
         if isinstance(e, ast.UnaryOp):
@@ -75,12 +81,23 @@ class Index:
             )
         return False
 
+    def capped(self, e: ast.expr) -> tuple[ast.expr, ast.expr] | None:
+        """(position, limit) of `min(position, limit)` where the limit has one value for all steps."""
+        if isinstance(e, ast.Name) and e.id in self.caps:
+            return self.caps[e.id]
+        if not isinstance(e, ast.Call) or ast.unparse(e.func) != "min" or len(e.args) != 2 or e.keywords:
+            return None
+        for position, limit in (e.args, e.args[::-1]):
+            if self.mentioned(position) and self.is_affine(position) and self.is_fixed(limit):
+                return self.resolve(position), limit
+        return None
+
     def is_numeric(self, e: ast.AST) -> bool:
         """Whether the expression is arithmetic on the index and on what is the same for all steps."""
         if not isinstance(e, ast.expr):
             return False
         if isinstance(e, ast.Name) and e.id in self.names:
-            return True
+            return e.id not in self.caps
         if isinstance(e, ast.UnaryOp):
             return isinstance(e.op, ast.USub | ast.UAdd) and self.is_numeric(e.operand)
         if isinstance(e, ast.BinOp) and isinstance(e.op, ARITHMETIC):
@@ -119,7 +136,7 @@ class Index:
             left, right = test.left, test.comparators[0]
             if self.mentioned(test) and self.is_affine(left) and self.is_affine(right):
                 return COMPARISONS[type(test.ops[0])], self.resolve(ast.BinOp(left, ast.Sub(), right))
-        elif isinstance(test, ast.Name) and test.id in self.names:
+        elif isinstance(test, ast.Name) and test.id in self.names - self.caps.keys():
             return "!=", self.resolve(test)
         return None
 
@@ -139,6 +156,13 @@ def _bound_here_first(body: list[ast.stmt], place: int, name: str) -> bool:
         return [n for s in statements for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == name]
 
     return len(uses(body[: place + 1])) == 1 and all(isinstance(n.ctx, ast.Load) for n in uses(body[place + 1 :]))
+
+
+def _only_ends_slices(body: list[ast.stmt], place: int, name: str) -> bool:
+    """Whether the name, bound at `place` alone, is used for nothing but the ends of slices."""
+    ends = {id(n.upper) for s in body for n in ast.walk(s) if isinstance(n, ast.Slice)}
+    uses = [n for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == name]
+    return _bound_here_first(body, place, name) and all(id(n) in ends for n in uses if isinstance(n.ctx, ast.Load))
 
 
 def _is_measure(call: ast.Call) -> bool:

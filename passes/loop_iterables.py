@@ -158,7 +158,8 @@ class _Speller:
         else:
             site = ast.Constant(self.site)
             width = self.keep(self.helper("chunk_width", x, parts, ast.Constant(axis), ast.Constant(split), site))
-            count = self.keep(ast.BinOp(size, ast.FloorDiv(), width))
+            # The last piece may be shorter.
+            count = self.keep(self.helper("count_steps", ast.Constant(0), size, width))
             place = self._place(count, backwards)
             low = ast.BinOp(place, ast.Mult(), width)
             entry = ast.Slice(low, ast.BinOp(copy.deepcopy(low), ast.Add(), width))

@@ -40,11 +40,12 @@ class _Binding:
 def find_overlap(body: Body, accesses: Accesses, carries: tuple[Carry, ...]) -> Overlap:
     """Return what tracing must compare; refuse what the function ties together before the loop."""
     written = sorted(body.written)
-    in_place = [carry.name for carry in carries if carry.same_object]
+    in_place = [carry.name for carry in carries if carry.same_object or carry.name in body.containers]
     changed = [*(name for name in written if not body.scope.starts_fresh(name, body.loop)), *in_place]
+    apart = _apart(body, accesses, carries)
     if not changed:
-        return Overlap((), ())
-    kept = [carry.name for carry in carries if not carry.same_object]
+        return Overlap((), (), apart)
+    kept = [carry.name for carry in carries if carry.name not in in_place]
     inner = body.bound - {carry.name for carry in carries} | body.lists
     used = {name: certain for name, certain in _used(body, accesses).items() if name not in inner}
     for name in changed:
@@ -57,7 +58,27 @@ def find_overlap(body: Body, accesses: Accesses, carries: tuple[Carry, ...]) -> 
                 body.refuse(reason, f"{name} may share memory with {other}, which the loop uses", where)
     others = {name for name, certain in used.items() if certain} | set(kept)
     others -= {*changed, *written}
-    return Overlap(tuple(changed), tuple(sorted(others)))
+    return Overlap(tuple(changed), tuple(sorted(others)), apart)
+
+
+def _apart(body: Body, accesses: Accesses, carries: tuple[Carry, ...]) -> tuple[str, ...]:
+    """Names that the body only reads and that may share memory with another such name, all but one of each group."""
+    taken = {carry.name for carry in carries} | body.bound | body.written | body.lists | body.scope.declared
+    times = {n.id for read in accesses.reads for n in ast.walk(read.base) if isinstance(n, ast.Name)}
+    own = {carry.name: memory(body.scope, carry.name, body.loop) for carry in carries}
+    used = {
+        name: memory(body.scope, name, body.loop)
+        for name, certain in sorted(_used(body, accesses).items())
+        if certain and name in body.scope.locals - taken - times - body.scope.captured(body.loop)
+    }
+    # What a step may change in place must be seen changed under its other names.
+    used = {name: m for name, m in used.items() if not any(m & other or name in other for other in own.values())}
+    found: list[str] = []
+    for name, mine in used.items():
+        others = [other for other in used if other != name and other not in found]
+        if any(mine & used[other] or other in mine for other in others) and name not in body.scope.parameters:
+            found.append(name)
+    return tuple(found)
 
 
 def _used(body: Body, accesses: Accesses) -> dict[str, bool]:

@@ -77,6 +77,8 @@ def over_time(join: Callable, items: Any, *args: Any, site: str, **kwargs: Any) 
         return join([], *args, **kwargs)
     if "axis" in kwargs and "dim" not in kwargs:
         kwargs = {("dim" if key == "axis" else key): value for key, value in kwargs.items()}
+    if join in (torch.cat, torch.concat, torch.concatenate) and len(items.runs) > 1 and not items.backwards:
+        return _cat_runs(items, *args, site=site, **kwargs)
     ys = _items(items, site)
     axes = ys.dim() - 1
     if join is torch.stack:
@@ -94,13 +96,25 @@ def over_time(join: Callable, items: Any, *args: Any, site: str, **kwargs: Any) 
     return fail("output_list_used", "the list goes to something other than stack or cat", site)
 
 
+def _cat_runs(items: TimeList, dim: int = 0, *, site: str) -> torch.Tensor:
+    """`torch.cat(list, dim)` of items that may be shorter in the first or last step."""
+    parts = []
+    for streams in items.runs:
+        if len(streams) > 0:
+            ys = _items(TimeList((streams,)), site)
+            if ys.dim() == 1:
+                fail("output_list_used", "cat of tensors without axes", site)
+            parts.append(cat_time(ys, dim))
+    return torch.cat(parts, dim)
+
+
 def grow(items: TimeList, o: torch.Tensor, dim: int, site: str) -> torch.Tensor:
     """The result of `o = torch.cat([o, y], dim)` in every step."""
     if len_time(items) == 0:
         return o
-    if not isinstance(o, torch.Tensor) or o.dim() != _items(items, site).dim() - 1:
+    if not isinstance(o, torch.Tensor) or o.dim() != items.runs[0][0].dim() - 1:
         fail("carry_not_tensor", "what grows by cat does not start as a tensor of as many axes", site)
-    return torch.cat([o, cat_time(_items(items, site), dim)], dim)
+    return torch.cat([o, over_time(torch.cat, items, dim, site=site)], dim)
 
 
 def len_time(items: Any) -> int:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 class Steps:
     """Which part of an axis a step is: the index itself, the entry `at`, or the slice from `at` to `end`.
 
-    Both are affine in the loop's index, which they name.
+    Both are affine in the loop's index, which they name. A slice up to `min(end, limit)` is one to `end` where the
+    limit is the size of the axis.
     """
 
     at: ast.expr | None = None
     end: ast.expr | None = None
+    limit: ast.expr | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,18 @@ class Test:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """What tracing is told of a state that calls may change in place; `tentative` if it is one only where they do.
+
+    `fresh` if nothing else refers to its first value; `keys` are stored into it.
+    """
+
+    tentative: bool
+    fresh: bool
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Carry:
     """A name whose value goes from step to step; `same_object` if the loop must leave it in the object it found.
 
@@ -77,6 +91,7 @@ class Carry:
     in_place: bool
     same_object: bool
     defined: bool = True
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +105,14 @@ class Filled:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Names of tensors that the loop changes in place, and of what it uses besides its reads by time."""
+    """Names of tensors that the loop changes in place, and of what it uses besides its reads by time.
+
+    Those in `apart` are only read, and may be views of another name that is: a scan takes no two names of one memory.
+    """
 
     changed: tuple[str, ...]
     others: tuple[str, ...]
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

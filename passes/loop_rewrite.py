@@ -10,7 +10,7 @@ from fla_compile.passes.loop_scope import Scope
 
 HELPERS = {
     "loop_runtime": "run_loop snapshot",
-    "loop_states": "finish_in_place",
+    "loop_states": "finish_in_place apart turned",
     "loop_numbers": "with_number number_for number_value",
     "loop_steps": "one_axis write_time count_steps at_least_none are_tensors shortest chunk_width",
     "loop_outputs": "time_list place_list over_time grow len_time backwards as_list item_time",
@@ -98,13 +98,14 @@ class _Loop(ast.NodeTransformer):
         return ast.Lambda(ast.arguments([], [ast.arg(self.plan.index)], None, [], [], None, []), value)
 
     def entry(self, steps: Steps) -> list[ast.expr]:
-        return [self.function(value) for value in (steps.at, steps.end) if value is not None]
+        return [self.function(value) for value in (steps.at, steps.end, steps.limit) if value is not None]
 
     def statements(self) -> list[ast.stmt]:
         plan, own = self.plan, self.own
         body: list[ast.stmt] = []
         if plan.carries:
             body.append(_assign(_tuple([_store(c.name) for c in plan.carries], ast.Store()), _name(own + "carry")))
+        body += [_assign(_store(name), _name(f"{own}apart_{name}")) for name in plan.overlap.apart]
         for i, write in enumerate(plan.writes):
             if write.slot is not None:
                 clone = ast.Call(ast.Attribute(_item(own + "x", write.slot), "clone", ast.Load()), [], [])
@@ -122,7 +123,8 @@ class _Loop(ast.NodeTransformer):
         if hasattr(ast, "TypeVar"):
             setattr(function, "type_params", [])  # noqa: B010
         bounds = _tuple([plan.start or ast.Constant(0), plan.stop, plan.step or ast.Constant(1)])
-        return [_assign(_store(own + "bounds"), bounds), function, self._run(), *self._results()]
+        copies = [_assign(_store(f"{own}apart_{n}"), self.call("apart", _name(n))) for n in plan.overlap.apart]
+        return [_assign(_store(own + "bounds"), bounds), *copies, function, self._run(), *self._results()]
 
     def _read(self, read: Read) -> ast.expr:
         base = ast.IfExp(read.guard, read.base, ast.Constant(None)) if read.guard else read.base
@@ -151,8 +153,17 @@ class _Loop(ast.NodeTransformer):
             tests=_tuple([self._test(test) for test in plan.tests]),
             n_lists=ast.Constant(len(plan.lists)),
             site=self.site,
+            **self._watches(),
         )
         return _assign(_tuple([_store(own + r) for r in ("final", "writes", "lists")], ast.Store()), run)
+
+    def _watches(self) -> dict[str, ast.expr]:
+        watches = [c.watch for c in self.plan.carries]
+        if not any(watches):
+            return {}
+        told = [_constants((w.tentative, w.fresh)) if w else ast.Constant(None) for w in watches]
+        keys = [_constants(w.keys) if w else _tuple([]) for w in watches]
+        return {"watched": _tuple(told), "keys": _tuple(keys)}
 
     def _results(self) -> list[ast.stmt]:
         plan, own, bounds = self.plan, self.own, _name(self.own + "bounds")
@@ -160,7 +171,7 @@ class _Loop(ast.NodeTransformer):
         for i, carry in enumerate(plan.carries):
             final: ast.expr = _item(own + "final", i)
             if carry.same_object:
-                final = self.call("finish_in_place", _name(carry.name), final, self.site)
+                final = self.call("finish_in_place", _name(carry.name), final)
             after.append(_assign(_store(carry.name), final))
         for i, write in enumerate(plan.writes):
             after.append(ast.Expr(self._write(write, _item(own + "writes", i))))
@@ -235,6 +246,12 @@ class _Loop(ast.NodeTransformer):
             rest = self._rest(access) or ast.Constant(Ellipsis)
             return _at(node, ast.Subscript(place, rest, node.ctx))
         return self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if node.attr not in ("T", "mT") or not isinstance(node.ctx, ast.Load):
+            return node
+        return _at(node, self.call("turned", node.value, ast.Constant(node.attr)))
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         if id(node) in self.plan.list_sites:

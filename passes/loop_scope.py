@@ -1,7 +1,7 @@
 """A function's syntax tree and one loop body of it, with the facts that every check of the loop asks for."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import PurePath
 from typing import NoReturn
@@ -67,10 +67,14 @@ class Scope:
             node = parent
 
     def starts_fresh(self, name: str, loop: ast.For) -> bool:
+        return self.starts_as(name, loop, is_fresh)
+
+    def starts_as(self, name: str, loop: ast.For, kind: Callable[[ast.expr], bool]) -> bool:
+        """Whether the name has a value of this kind that nothing was done with before the loop."""
         for s in self.preceding(loop):
             value = assigned_value(s, name)
             if value is not None:
-                return is_fresh(value)
+                return kind(value)
             if uses_beyond_metadata(s, name):
                 return False
         return False
@@ -107,8 +111,8 @@ class Scope:
                     return isinstance(value.left, ast.List)
                 if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
                     return value.func.id == "dict" or value.func.id[:1].isupper()
-                filled = (isinstance(value, ast.Dict) and value.keys) or (isinstance(value, ast.List) and value.elts)
-                return bool(filled) or isinstance(value, ast.ListComp | ast.DictComp)
+                filled = isinstance(value, ast.List) and value.elts
+                return bool(filled) or isinstance(value, ast.Dict | ast.ListComp | ast.DictComp)
         return False
 
     def defined_before(self, loop: ast.For) -> set[str]:

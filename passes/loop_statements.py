@@ -2,6 +2,7 @@
 
 import ast
 
+from fla_compile.passes.loop_calls import is_effect
 from fla_compile.passes.loop_names import is_in_place_name, uses_beyond_metadata
 from fla_compile.passes.loop_scope import Body, appended, range_of
 
@@ -72,7 +73,7 @@ def _check_test(body: Body, test: ast.expr, node: ast.AST) -> None:
 
 def _check_effect(body: Body, node: ast.Expr) -> None:
     value = node.value
-    if isinstance(value, ast.Constant) or appended(node):
+    if isinstance(value, ast.Constant) or appended(node) or is_effect(body, node):
         return
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and is_in_place_name(value.func.attr):
         return

@@ -1,6 +1,5 @@
 """The states that a lifted loop carries: as a scan takes them, and whether they stay apart from all else."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -9,28 +8,24 @@ from fla_compile.passes.loop_refusal import fail
 from fla_compile.passes.loop_steps import is_number
 
 
-def finish_in_place(initial: Any, final: Any, site: str) -> Any:
+def finish_in_place(initial: Any, final: Any) -> Any:
     """Give a state that was only updated in place its final value, in the object that it started in."""
-    if isinstance(initial, (list, dict)):
-        for key in range(len(initial)) if isinstance(initial, list) else list(initial):
-            _check_child(initial[key], site)
-            initial[key] = final[key]
-        return initial
-    if dataclasses.is_dataclass(initial):
-        for field in dataclasses.fields(initial):
-            _check_child(getattr(initial, field.name), site)
-            setattr(initial, field.name, getattr(final, field.name))
-        return initial
     if not isinstance(initial, torch.Tensor) or final is initial:
         return final
     initial.copy_(final)
     return initial
 
 
-def _check_child(child: Any, site: str) -> None:
-    """Refuse a container in one that changes: whether it is the old object or a new one does not show."""
-    if isinstance(child, (list, dict)) or dataclasses.is_dataclass(child):
-        fail("state_escapes", f"a {type(child).__name__} in a container that the loop changes", site)
+def apart(value: Any) -> Any:
+    """The value in memory of its own, for a body that only reads it."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def turned(value: Any, name: str) -> Any:
+    """`value.T` and `value.mT`: Dynamo takes these of what it knows by name to be tensors of their own."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 2:
+        return getattr(value, name)
+    return value.transpose(0, 1)
 
 
 def checked_carry(new: Any, old: torch.Tensor, name: str, site: str) -> torch.Tensor:

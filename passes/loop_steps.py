@@ -67,12 +67,12 @@ def chunk_width(x: torch.Tensor, parts: Any, axis: int, split: bool, site: str) 
         fail("index_range", "the loop runs over pieces of different sizes", site)
     size = x.shape[axis]
     width = parts if split else size // parts
-    if parts <= 0 or width == 0 or size % (parts if not split else width) != 0:
+    if parts <= 0 or width == 0 or (not split and size % parts != 0):
         fail("index_range", f"an axis of {size} steps does not fall into equal pieces of {width}", site)
     return width
 
 
-def progression(bounds: tuple, site: str, at: Callable | None = None, end: Callable | None = None) -> tuple:
+def progression(bounds: tuple, site: str, at: Callable | None = None, end: Callable | None = None, *_: Any) -> tuple:
     """(first, stride, width) of the entry `at(index)`, or of the slice `at(index) : end(index)`."""
     start, _, step = bounds
     if at is None:
@@ -134,6 +134,12 @@ def time_first(x: Any, axis: int, steps: tuple, begin: int, count: int, site: st
     return x if stride > 0 else x.flip(0)
 
 
+def check_limit(x: Any, axis: int, site: str, *entry: Callable) -> None:
+    """Refuse a slice `at : min(end, limit)` that the axis alone would not cut as short."""
+    if len(entry) > 2 and entry[2](0) != x.shape[axis]:
+        fail("index_range", "a slice is cut short before the end of the axis", site)
+
+
 def one_step(x: Any, axis: int, steps: tuple, k: int, site: str) -> torch.Tensor | None:
     """Return step k of `x` as the loop's own subscript gives it, None where that would raise."""
     check_axis(x, axis, site)
@@ -161,6 +167,7 @@ def write_time(o: Any, axis: int, rest: tuple, bounds: tuple, pieces: tuple, sit
     `pieces` are pairs (begin, ys) of values `[T, ...]` for consecutive steps.
     """
     steps = progression(bounds, site, *entry)
+    check_limit(o, axis, site, *entry)
     width, gap = steps[2], steps[1] if steps[1] > 0 else -steps[1]
     if width is not None and gap < width:
         fail("reads_own_output", "steps write to the same place", site)
@@ -169,7 +176,10 @@ def write_time(o: Any, axis: int, rest: tuple, bounds: tuple, pieces: tuple, sit
         if steps[1] < 0:
             # What runs from right to left is written from left to right: only so is the place a view.
             first, ys = first + (count - 1) * steps[1], ys.flip(0)
-        view = time_first(o, axis, (first, gap, width), 0, count, site)
+        if width is not None and count == 1 and isinstance(o, torch.Tensor):
+            view = one_step(o, axis, (first, gap, width), 0, site).unsqueeze(0)  # type: ignore[union-attr]
+        else:
+            view = time_first(o, axis, (first, gap, width), 0, count, site)
         if rest:
             view = view[(slice(None), *rest)]
         extra = ys.dim() - view.dim()

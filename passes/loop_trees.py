@@ -3,6 +3,23 @@
 import dataclasses
 from typing import Any
 
+import torch
+
+
+@torch._dynamo.assume_constant_result
+def _field_names(kind: type) -> tuple[str, ...]:
+    if not dataclasses.is_dataclass(kind) or hasattr(kind, "__post_init__"):
+        return ()
+    fields = dataclasses.fields(kind)
+    return tuple(f.name for f in fields) if all(f.init for f in fields) else ()
+
+
+def field_names(value: Any) -> tuple[str, ...]:
+    """The fields of an instance of a plain dataclass, none of anything else; torch 2.11 cannot trace that question."""
+    if value is None or isinstance(value, (torch.Tensor, int, float, str, bool, type, list, tuple, dict)):
+        return ()
+    return _field_names(type(value))
+
 
 def flatten(value: Any, name: str) -> tuple[list, list[str], Any]:
     """Return the leaves of a state, what to call them, and the shape that `rebuild` gives back to them."""
@@ -10,13 +27,12 @@ def flatten(value: Any, name: str) -> tuple[list, list[str], Any]:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         kind, children = (type(value), value._fields), [(f".{f}", getattr(value, f)) for f in value._fields]
     elif isinstance(value, tuple):
-        kind, children = (tuple, len(value)), [(f"[{i}]", item) for i, item in enumerate(value)]
+        kind, children = (tuple, ()), [(f"[{i}]", item) for i, item in enumerate(value)]
     elif isinstance(value, list):
-        kind, children = (list, len(value)), [(f"[{i}]", item) for i, item in enumerate(value)]
+        kind, children = (list, ()), [(f"[{i}]", item) for i, item in enumerate(value)]
     elif isinstance(value, dict):
         kind, children = (dict, tuple(value.keys())), [(f"[{key!r}]", item) for key, item in value.items()]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = tuple([f.name for f in dataclasses.fields(value)])
+    elif len(fields := field_names(value)) > 0:
         kind, children = (type(value), fields), [(f".{f}", getattr(value, f)) for f in fields]
     else:
         return [value], [name], None
@@ -69,3 +85,15 @@ def rebuild_all(shapes: list, leaves: list) -> tuple:
         value, place = rebuild(shape, leaves, place)
         values.append(value)
     return tuple(values)
+
+
+def same_shape(one: Any, other: Any) -> bool:
+    """Whether two states hold the same things; torch 2.11 cannot compare what names a class of the user's."""
+    if one is None or other is None:
+        return one is None and other is None
+    (kind, keys), shapes = one
+    (other_kind, other_keys), others = other
+    if kind is not other_kind or len(keys) != len(other_keys) or len(shapes) != len(others):
+        return False
+    same = [a == b for a, b in zip(keys, other_keys, strict=True)]
+    return all(same) and all([same_shape(a, b) for a, b in zip(shapes, others, strict=True)])

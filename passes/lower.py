@@ -25,8 +25,8 @@ from fla_compile.passes.lower_scans import (
     lower_window,
 )
 from fla_compile.passes.lowering import Lowering
-from fla_compile.passes.normalise import Step, original
 from fla_compile.passes.recurrence import Elementwise, Generic, Plan, Recurrence, Selective
+from fla_compile.passes.step import Step, original
 
 STAGES: dict[type, Callable[[Lowering, Any, dict[int, fx.Node]], None]] = {
     Delay: lower_delay,

@@ -17,9 +17,9 @@ from fla_compile.kernels.loop_ops import register_step
 from fla_compile.passes.fission import Delay, Window
 from fla_compile.passes.lowering import TIME, Layout, Looped, Lowering, extract
 from fla_compile.passes.normal_form import Factor
-from fla_compile.passes.normalise import original, shape_of
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Elementwise, Generic, Selective
+from fla_compile.passes.step import original, shape_of
 
 
 def lower_delay(low: Lowering, stage: Delay, final: dict[int, fx.Node]) -> None:

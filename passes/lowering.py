@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 
 from fla_compile.passes.normal_form import Factor, Labels, Term, same_size
-from fla_compile.passes.normalise import Step, shape_of
 from fla_compile.passes.polynomials import materialise
+from fla_compile.passes.step import Step, shape_of
 
 TIME = -1  # stands for the time axis among labels
 

@@ -21,7 +21,7 @@ from fla_compile.kernels.decay_ops import supports
 from fla_compile.passes.log_decay import Log
 from fla_compile.passes.memory import memory, written
 from fla_compile.passes.normal_form import same_size
-from fla_compile.passes.normalise import original, short_source, source_of, trace_step
+from fla_compile.passes.normalise import trace_step
 from fla_compile.passes.parallel_check import check
 from fla_compile.passes.parallel_decide import ReadOut, read_out
 from fla_compile.passes.parallel_emit import Emitter, Traced
@@ -36,9 +36,11 @@ from fla_compile.passes.parallel_regions import (
     tensor_of,
 )
 from fla_compile.passes.parallel_rules import analyse
+from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.proofs import log_of_outer
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.recurrence import EQUATIONS
+from fla_compile.passes.step import original
 
 KERNELS = {"cpu": "chunk (matrix products)", "cuda": "chunk (Triton)"}
 

@@ -16,7 +16,8 @@ from fla_compile.passes.autocast import entered, regions_at
 from fla_compile.passes.classify import KernelOf, classify
 from fla_compile.passes.log_decay import Log, constant_value, op_name
 from fla_compile.passes.lower import Lowered, lower
-from fla_compile.passes.normalise import normalise, short_source, source_of
+from fla_compile.passes.normalise import normalise, trace_step
+from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.proofs import log_of_outer, prover
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.recurrence import EQUATIONS, Plan
@@ -25,6 +26,9 @@ from fla_compile.passes.splice import splice
 from fla_compile.passes.validate import Claim, validate
 
 log = logging.getLogger("fla_compile")
+
+# What cuts gradients without an operation that the normal form would see, by the name of its node.
+UNSEEN = {"data": ".data", "_set_grad_enabled": "torch.no_grad", "_enter_inference_mode": "torch.inference_mode"}
 
 
 @dataclass
@@ -69,9 +73,12 @@ def check(scan: Scan, lowered: Lowered) -> None:
         value = constant_value(scan.operands[index])
         if value is not None:
             fixed[index] = value
-    validate(
-        Claim(scan.body, lowered.module, fakes, len(scan.init), len(scan.reads), lowered.logs, fixed, scan.zero_init)
-    )
+
+    def pure() -> fx.GraphModule:
+        return trace_step(scan.body, entered(regions_at(scan.node)))
+
+    states, reads = len(scan.init), len(scan.reads)
+    validate(Claim(scan.body, lowered.module, fakes, states, reads, lowered.logs, fixed, scan.zero_init, pure))
 
 
 def recognise(
@@ -103,8 +110,10 @@ def understood(
 ) -> tuple[Plan, Lowered, dict[int, Log]]:
     """Normalise, classify, lower and check; with `looped`, the reason, all states stay in loops."""
     for node in scan.body.graph.nodes:
-        if op_name(node) == "data":
-            raise Refused("unsupported_op", ".data cuts gradients unseen", short_source(source_of(node)))
+        if op_name(node) in UNSEEN:
+            raise Refused(
+                "unsupported_op", f"{UNSEEN[op_name(node)]} cuts gradients unseen", short_source(source_of(node))
+            )
     step = normalise(scan.body, len(scan.init), len(scan.reads), entered(regions_at(scan.node)), identities(scan))
     prove, outer = prover(step, scan)
     plan = classify(step, prove, kernel, looped)

@@ -17,7 +17,7 @@ _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul, operator.iand,
     operator.ior, operator.ixor, operator.ifloordiv, operator.imod, operator.ilshift, operator.irshift,
 }  # fmt: skip
-_HANDS_ON = VIEWS | CASTS | {
+HANDS_ON = VIEWS | CASTS | {
     "detach", "data", "getattr", "unbind", "chunk", "split", "tensor_split", "split_with_sizes", "diagonal", "unfold",
     "as_strided", "ravel", "broadcast_to", "swapdims", "cpu", "cuda", "type", "half", "bfloat16", "real",
     "vsplit", "hsplit", "dsplit", "view_as_real", "view_as_complex", "atleast_1d", "atleast_2d", "atleast_3d",
@@ -29,7 +29,18 @@ def memory(node: Any) -> frozenset[int]:
     if not isinstance(node, fx.Node):
         return frozenset()
     value = node.meta.get("example_value")
-    return frozenset(x.untyped_storage()._cdata for x in tree_leaves(value) if isinstance(x, torch.Tensor))
+    found = frozenset(x.untyped_storage()._cdata for x in tree_leaves(value) if isinstance(x, torch.Tensor))
+    return found.union(*(others for storage, others in _shared(node.graph).items() if storage in found))
+
+
+def _shared(graph: fx.Graph) -> dict[int, frozenset[int]]:
+    meta = getattr(graph.owning_module, "meta", {})
+    return meta.setdefault("fla_shared", {})
+
+
+def share(graph: fx.Graph, storages: frozenset[int], others: frozenset[int]) -> None:
+    """From now on what lies in `storages` also lies in `others`."""
+    _shared(graph).update(dict.fromkeys(storages - others, others))
 
 
 def written(graph: fx.Graph, before: fx.Node | None = None) -> set[int]:
@@ -51,6 +62,6 @@ def _writes(node: fx.Node) -> frozenset[int]:
         return everything
     if name == "setitem" or getattr(operator, name, None) in _IN_PLACE or (name.endswith("_") and name[-2:] != "__"):
         return memory(node.args[0]) or everything
-    if name in _HANDS_ON or node.target is torch.ops.higher_order.scan:
+    if name in HANDS_ON or node.target is torch.ops.higher_order.scan:
         return frozenset()
     return memory(node) & everything

@@ -1,5 +1,6 @@
 """The order of the passes over a captured graph, one line each; lifting comes before, while Dynamo traces."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,10 +10,11 @@ from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, se
 from fla_compile.passes.fission import Delay, Window
 from fla_compile.passes.match_parallel import match_parallel
 from fla_compile.passes.match_recurrences import Known, match_recurrences
-from fla_compile.passes.normalise import Step
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.recurrence import Elementwise, Generic, Recurrence, Stage
 from fla_compile.passes.scans import nested_graphs
+from fla_compile.passes.share_states import share_states
+from fla_compile.passes.step import Step
 from fla_compile.passes.updates import written_at
 
 
@@ -59,14 +61,17 @@ def kernel_for(step: Step, stage: Stage) -> str:
     return name
 
 
-def run_passes(gm: fx.GraphModule, *, options: Switches) -> Result:
-    """Rewrite `gm` in place."""
+def run_passes(
+    gm: fx.GraphModule, *, options: Switches, lifted: Container[tuple[str, int] | None] = frozenset()
+) -> Result:
+    """Rewrite `gm` in place; `lifted` are the places of loops that Dynamo traced as scans."""
     before = gm.print_readable(print_output=False)
     rewrites: list[Rewrite] = []
     refusals: list[tuple[Refusal, tuple[str, int] | None]] = []
     looped: list[Refusal] = []
     seconds = 0.0
     known = Known()
+    refusals += [(refusal, scan.place) for refusal, scan in share_states(gm, lifted)]
     for region in nested_graphs(gm):
         if options.runs("recurrence"):
             found = match_recurrences(region, validated=options.validate, kernel=kernel_for, known=known)

@@ -10,7 +10,7 @@ from torch import fx
 
 from fla_compile.passes import normal_form as nf
 from fla_compile.passes.normal_form import Factor, Term, Value
-from fla_compile.passes.normalise import Atom, Step, shape_of
+from fla_compile.passes.step import Step
 
 aten = torch.ops.aten
 
@@ -42,6 +42,27 @@ def opened(step: Step, value: Value) -> Value:
         assert definition is not None
         value = nf.inline(step.space, value, max(sums), definition)
     return without_eyes(step, value)
+
+
+def multiplied_out(step: Step, value: Value) -> Value:
+    """The value with each matrix that acts on the state and is made of an identity matrix opened: (I - k k^T) S is
+    S - k (k^T S), while what a key or a value is made of stays one atom."""
+    while (found := _acting_eye(step, value)) is not None:
+        definition = step.atoms[found].expansion
+        assert definition is not None
+        value = nf.inline(step.space, value, found, definition)
+    return without_eyes(step, value) if any(step.atoms[atom].eye for atom in value.atoms) else value
+
+
+def _acting_eye(step: Step, value: Value) -> int | None:
+    """An atom with an identity matrix inside that is summed over together with the state."""
+    kept = {label for axis in value.dims for label in axis}
+    for term in value.terms:
+        states = {label for f in term.factors if step.is_carry(f.atom) for label in f.labels} - kept
+        for factor in term.factors:
+            if step.atoms[factor.atom].has_eye and states & set(factor.labels):
+                return factor.atom
+    return None
 
 
 def without_eyes(step: Step, value: Value) -> Value:
@@ -112,8 +133,10 @@ def materialise(step: Step, terms: Sequence[Term], labels: Sequence[int]) -> Fac
     """Add operations to the step's graph that compute `terms` over the axes `labels`; the result as a new atom.
 
     A label that no term has becomes an axis of size 1, without a label. `1 - x` is written so that a proof of its sign
-    finds it.
+    finds it. Raises `NoNormalForm` for what holds the state: a new atom would hide it.
     """
+    if any(step.is_carry(f.atom) for t in terms for f in t.factors):
+        raise nf.NoNormalForm("a sum that holds the state is no operand")
     graph, space = step.gm.graph, step.space
     constant = sum(t.coef for t in terms if not t.factors)
     used = {label for term in terms for label in term.labels}
@@ -132,18 +155,17 @@ def materialise(step: Step, terms: Sequence[Term], labels: Sequence[int]) -> Fac
                 total = add_node(step, aten.add.Tensor, total, constant)
     dims = tuple((label,) if label in used else () for label in labels)
     value = space.renamed(Value(dims, tuple(terms)))
-    step.atoms.append(Atom(total, expansion=value))
-    step.values[total] = space.atom(len(step.atoms) - 1, shape_of(total))
+    step.values[total] = step.new_atom(total, expansion=value)
     return Factor(len(step.atoms) - 1, dims)
 
 
-def add_node(step: Step, target: Any, *args: Any) -> fx.Node:
+def add_node(step: Step, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """An operation of the step's graph, at the insertion point, with its fake value."""
-    node = step.gm.graph.call_function(target, args)
+    node = step.gm.graph.call_function(target, args, kwargs)
     fakes = fx.map_arg(args, lambda n: n.meta["val"])
     mode = next(fake.fake_mode for fake in torch.utils._pytree.tree_leaves(fakes) if hasattr(fake, "fake_mode"))
     with torch._guards.tracing(None), mode, torch.no_grad():
-        node.meta["val"] = target(*fakes)
+        node.meta["val"] = target(*fakes, **kwargs)
     step.adopt(node)
     return node
 

@@ -6,8 +6,8 @@ from torch import fx
 
 from fla_compile.passes.log_decay import Log, log_of
 from fla_compile.passes.memory import memory, written
-from fla_compile.passes.normalise import Step
 from fla_compile.passes.scans import Scan, needs_gradient
+from fla_compile.passes.step import Step
 
 
 def log_of_outer(node: fx.Node) -> Log | None:

@@ -12,10 +12,10 @@ from torch import fx
 
 from fla_compile.passes import normal_form as nf
 from fla_compile.passes.normal_form import Factor, Labels, Term, Value
-from fla_compile.passes.normalise import Step, elements, original
 from fla_compile.passes.polynomials import difference, opened, without
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Factors, Update
+from fla_compile.passes.step import Step, elements, original
 from fla_compile.passes.updates import read_update, state_factor, written_at
 
 

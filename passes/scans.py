@@ -9,7 +9,7 @@ from torch import fx
 from fla_compile.passes.autocast import regions_at
 from fla_compile.passes.log_decay import constant_value, op_name, root_of
 from fla_compile.passes.memory import memory, written
-from fla_compile.passes.normalise import source_of
+from fla_compile.passes.places import source_of
 from fla_compile.passes.records import Refused
 
 ZEROS = {"zeros", "zeros_like", "new_zeros"}

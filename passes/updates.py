@@ -1,15 +1,16 @@
 """Read the update of one state off its normal form: S' = decay * S + erase + write.
 
 The decay multiplies each element of the state; the erase term contracts an axis of it (the delta rules); the write is
-all that does not depend on the state. Sums of decays (`lerp`) and writes with a common factor are gathered first.
+all that does not depend on the state. Sums of decays (`lerp`), erases of what such a sum has decayed, and writes with a
+common factor are gathered first.
 """
 
 from fla_compile.passes import normal_form as nf
-from fla_compile.passes.normal_form import Factor, Term, Value
-from fla_compile.passes.normalise import Step, original
-from fla_compile.passes.polynomials import less, materialise, opened
+from fla_compile.passes.normal_form import Factor, Labels, Term, Value
+from fla_compile.passes.polynomials import difference, less, materialise, opened, renamed, without
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Update
+from fla_compile.passes.step import Step, original
 
 
 def written_at(step: Step, carry: int) -> str:
@@ -31,13 +32,12 @@ def update_of(step: Step, carry: int) -> Update:
     if node in step.rounded:
         raise Refused("unsupported_op", "the state is rounded to a narrower type at each step", where)
     try:
-        update = read_update(step, carry, step.values[node], where)
+        return read_update(step, carry, gathered(step, step.values[node], where), where)
     except Refused as refused:
-        try:  # (I - k k^T) S, with the matrix computed first
-            update = read_update(step, carry, opened(step, step.values[node]), where)
+        try:  # a matrix that is made of others
+            return read_update(step, carry, gathered(step, opened(step, step.values[node]), where), where)
         except (Refused, nf.NoNormalForm):
             raise refused from None
-    return gathered(step, update)
 
 
 def read_update(step: Step, carry: int, value: Value, where: str) -> Update:
@@ -57,35 +57,42 @@ def read_update(step: Step, carry: int, value: Value, where: str) -> Update:
     if not decays:
         raise Refused("unknown_recurrence", "the update moves or contracts axes of the state", where)
     new = tuple(t for t in value.terms if t not in old)
-    state = state_factor(step, decays[0])
-    coef, factors = decays[0].coef, tuple(f for f in decays[0].factors if f is not state)
-    if len(decays) > 1:
-        coef, factors = 1.0, ()  # `gathered` adds them up
-    return Update(carry, value.dims, coef, factors, erases[0] if erases else None, new, value)
+    (decay,) = decays  # `gathered` has added them up
+    factors = tuple(f for f in decay.factors if not step.is_carry(f.atom))
+    return Update(carry, value.dims, decay.coef, factors, erases[0] if erases else None, new, value)
 
 
-def gathered(step: Step, update: Update) -> Update:
-    """The update with one decay and, where its write terms share factors, one write term."""
-    where = written_at(step, update.carry)
-    state = next(iter(t for t in update.value.terms if (s := state_factor(step, t)) and s.axes == update.dims))
-    own = state_factor(step, state)
+def gathered(step: Step, value: Value, where: str) -> Value:
+    """The update with one decay, and with one erase and one write where their terms share what they must."""
+    states = [(t, state_factor(step, t)) for t in value.terms]
+    dims = {label for axis in value.dims for label in axis}
+    decays = [t for t, state in states if state is not None and state.axes == value.dims]
+    erases = [t for t, state in states if state is not None and state.axes != value.dims]
+    write = [t for t, state in states if state is None]
+    linear = all(sum(step.is_carry(f.atom) for f in t.factors) == 1 for t in (*decays, *erases))
+    if not decays or not linear or any(t.labels - dims for t in decays):
+        return value
+    own = state_factor(step, decays[0])
     assert own is not None
-    decays = [Term(t.coef, less(t.factors, [own])) for t in update.value.terms if own in t.factors]
-    coef, decay, write = update.decay_coef, update.decay, update.write
+    parts = [Term(t.coef, less(t.factors, [own])) for t in decays]
+    labels = [label for axis in value.dims for label in axis]
     try:
-        if len(decays) > 1:
-            used = {label for t in decays for label in t.labels}
-            coef, decay = 1.0, (materialise(step, decays, [label for label in update.labels if label in used]),)
-        write = shared_write(step, update)
+        if len(parts) > 1:
+            used = {label for t in parts for label in t.labels}
+            decay = materialise(step, parts, [label for label in labels if label in used])
+            decays = [Term(1.0, (decay, own))]
+            if len(erases) > 1:
+                erases = _decayed(step, value.dims, own, parts, decay, _aligned(step, erases, own))
+        if len(erases) > 1:
+            erases = _aligned(step, erases, own)
+            erases = shared(step, erases, [*labels, *sorted({x for t in erases for x in t.labels} - dims)])
+        return Value(value.dims, (*decays, *erases, *shared(step, write, labels)))
     except nf.NoNormalForm as error:
         raise Refused("unknown_recurrence", str(error), where) from None
-    terms = (Term(coef, (*decay, own)), *((update.erase,) if update.erase else ()), *write)
-    return Update(update.carry, update.dims, coef, decay, update.erase, write, Value(update.dims, terms))
 
 
-def shared_write(step: Step, update: Update) -> tuple[Term, ...]:
+def shared(step: Step, terms: list[Term], labels: list[int]) -> list[Term]:
     """k v1 + k v2 as k (v1 + v2)."""
-    terms = update.write
     if len(terms) < 2:
         return terms
     common = list(terms[0].factors)
@@ -96,6 +103,49 @@ def shared_write(step: Step, update: Update) -> tuple[Term, ...]:
         return terms
     rest = [Term(t.coef, less(t.factors, common)) for t in terms]
     used = {label for t in rest for label in t.labels}
-    if used - set(update.labels) or not any(t.factors for t in rest):
+    if used - set(labels) or not any(t.factors for t in rest) or any(state_factor(step, t) for t in rest):
         return terms
-    return (Term(1.0, (*common, materialise(step, rest, [label for label in update.labels if label in used]))),)
+    return [Term(1.0, (*common, materialise(step, rest, [label for label in labels if label in used])))]
+
+
+def _aligned(step: Step, erases: list[Term], own: Factor) -> list[Term]:
+    """The erases with the same names for the axes of the state that they sum over, where these are the same axes."""
+    first = _contracted(step, erases[0], own)
+    terms = []
+    for term in erases:
+        summed = _contracted(step, term, own)
+        if first is None or summed is None or summed.keys() != first.keys():
+            return erases
+        names = {summed[new]: first[new] for new in first}
+        others = term.labels - set(names)
+        if others & set(names.values()):
+            return erases
+        terms.append(Term(term.coef, renamed(term.factors, names)))
+    return terms
+
+
+def _contracted(step: Step, erase: Term, own: Factor) -> dict[int, int] | None:
+    """The labels of the state that an erase replaces by others: the new one's, and the one that it sums over."""
+    state = state_factor(step, erase)
+    assert state is not None
+    if [len(axis) for axis in state.axes] != [len(axis) for axis in own.axes]:
+        return None
+    return {new: old for new, old in zip(own.labels, state.labels, strict=True) if new != old}
+
+
+def _decayed(
+    step: Step, dims: tuple[Labels, ...], own: Factor, parts: list[Term], decay: Factor, erases: list[Term]
+) -> list[Term]:
+    """Erases of a state that has decayed before by a sum of `parts`, or decays with it afterwards, as one erase."""
+    moved = _contracted(step, erases[0], own)
+    for names in (moved or {}, {}):
+        sides = [Term(t.coef, renamed(t.factors, names)) for t in parts]
+        for side in sides:
+            left = without(erases[0].factors, side.factors)
+            if left is None:
+                continue
+            one = Term(erases[0].coef / side.coef, left)
+            expected = tuple(Term(one.coef * t.coef, (*left, *t.factors)) for t in sides)
+            if not difference(step, Value(dims, tuple(erases)), Value(dims, expected)).terms:
+                return [Term(one.coef, (*left, *renamed([decay], names)))]
+    return erases

@@ -103,7 +103,8 @@ class Claim:
     """`module(*operands, *logs)` does what STEPS calls of `body` do.
 
     `fakes` are the body's operands: `carries` states, `reads` slices, invariants. `logs` are operands that the module
-    also gets as logarithms, `fixed` operands with known values, `zero_init` says which states start at zero.
+    also gets as logarithms, `fixed` operands with known values, `zero_init` says which states start at zero. `pure` is
+    the body without writes in place, asked for where autograd cannot differentiate the body because of them.
     """
 
     body: fx.GraphModule
@@ -114,6 +115,7 @@ class Claim:
     logs: Sequence[int]
     fixed: Mapping[int, torch.Tensor]
     zero_init: Sequence[bool]
+    pure: Callable[[], fx.GraphModule] | None = None
 
     def largest_error(self, wide: bool, positive: bool) -> tuple[str, float] | None:
         """The worst of values and gradients, in float64 or in the program's own types; None if not finite."""
@@ -144,7 +146,15 @@ class Claim:
         after = list(module(*after_in, *logs))
         wanted = [x for x in (*after_in, *logs) if isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf]
         pairs = [("value", error(a, b)) for a, b in zip(after, before, strict=True)]
-        slopes = zip(gradients(after, wanted), gradients(before, wanted), strict=True)
+        try:
+            true_slopes = gradients(before, wanted)
+        except RuntimeError as refused:
+            if self.pure is None or "modified by an inplace operation" not in str(refused):
+                raise
+            pure = looped(in_float64(self.pure()) if wide else self.pure(), self.carries, self.reads)(*before_in)
+            pairs += [("value", error(a, b)) for a, b in zip(pure, before, strict=True)]
+            true_slopes = gradients(pure, wanted)
+        slopes = zip(gradients(after, wanted), true_slopes, strict=True)
         pairs += [("gradient", error(a, b)) for a, b in slopes]
         return max(pairs, key=lambda pair: pair[1] if pair[1] == pair[1] else float("inf"), default=("value", 0.0))
 

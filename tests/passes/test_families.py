@@ -62,6 +62,19 @@ def delta_read_before_the_update(S, q, k, v, beta):
     return o, S + write(k, beta[..., None] * (v - read(k, S)))
 
 
+@CASES.cell("delta_rule", "bhkv bthk bthk bthv bth")
+def delta_of_a_key_divided_by_its_norm(S, q, k, v, beta):
+    """The scalars of the key are in the erase twice and in the write once."""
+    k = k / k.norm(dim=-1, keepdim=True)
+    return read(q, S), S + write(k, beta[..., None] * (v - read(k, S)))
+
+
+@CASES.cell("delta_rule", "bhkv bthk bthk bthv bth h")
+def delta_of_values_with_a_scale(S, q, k, v, beta, scale):
+    S = S + write(beta[..., None] * k, scale[:, None] * v - read(k, S))
+    return read(q, S), S
+
+
 # gated_delta_rule: S' = a (I - beta k k^T) S + beta k v^T
 
 
@@ -254,12 +267,12 @@ def test_the_gradients_go_through_aot(family):
     assert_rewritten(fn, operands(axes), families, then="aot_eager")
 
 
-# With one key there is no matrix left, and with one value no telling which of two scalars is beta.
+# With one key there is no matrix left.
 SIZES = [
     (kda_decay_first, dict(t=1), "kda"),
     (kda_decay_first, dict(t=70, k=3, v=5), "kda"),
     (kda_decay_first, dict(k=1), "linear_scan"),
-    (kda_decay_first, dict(v=1), "dplr"),
+    (kda_decay_first, dict(v=1), "kda"),
     (kda_decay_first, dict(b=1, h=1), "kda"),
     (rwkv6_bonus_on_the_written_matrix, dict(t=1), "rwkv6"),
     (rwkv6_bonus_on_the_written_matrix, dict(t=70, k=3, v=5), "rwkv6"),
@@ -309,14 +322,14 @@ def two_erases(S, q, k, v, b, c):
 
 
 def erase_by_a_matrix(S, q, k, v, W):
-    S = S + torch.einsum("kl,bhlv->bhkv", W, S) + write(k, v)
-    return (q[..., None, :] @ S).squeeze(-2), S  # here
+    S = S + torch.einsum("kl,bhlv->bhkv", W, S) + write(k, v)  # here
+    return (q[..., None, :] @ S).squeeze(-2), S
 
 
 def erase_over_values(S, q, k, v, c):
     """The erase contracts values, the read-out keys."""
-    S = S - torch.einsum("bhv,bhw,bhkw->bhkv", c, c, S) + write(k, v)
-    return (q[..., None, :] @ S).squeeze(-2), S  # here
+    S = S - torch.einsum("bhv,bhw,bhkw->bhkv", c, c, S) + write(k, v)  # here
+    return (q[..., None, :] @ S).squeeze(-2), S
 
 
 def erase_with_a_decay_over_values(S, q, k, v, g):
@@ -331,7 +344,7 @@ def delta_with_more_queries_than_states(S, q, k, v):
 
 
 LOOPED = [
-    (two_erases, "bhkv bthk bthk bthv bthk bthk", "unknown_recurrence", "mixes the state in 2 ways"),
+    (two_erases, "bhkv bthk bthk bthv bthk bthk", "unknown_recurrence", "whole matrix"),
     (erase_by_a_matrix, "bhkv bthk bthk bthv kk", "unknown_recurrence", "whole matrix"),
     (erase_over_values, "bhkv bthk bthk bthv bthv", "unknown_recurrence", "other axes"),
     (erase_with_a_decay_over_values, "bhkv bthk bthk bthv bthv", "no_kernel", "varies over values"),

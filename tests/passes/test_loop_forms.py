@@ -234,11 +234,52 @@ def last_chunk_is_shorter(x, y, S):
     return S
 
 
+def ragged_chunks(x, y, S):
+    o = torch.zeros_like(x)
+    for i in range(0, x.shape[1], 4):
+        S = S + x[:, i : i + 4].sum(1)
+        o[:, i : i + 4] = x[:, i : i + 4] * S.unsqueeze(1)
+    return o
+
+
+def ragged_up_to_the_end(x, y, S):
+    T, o = x.shape[1], torch.zeros_like(x)
+    for i in range(0, T, 4):
+        j = min(i + 4, T)
+        S = S + x[:, i:j].sum(1)
+        o[:, i : min(T, i + 4)] += x[:, i:j] * S.unsqueeze(1)
+    return o, S
+
+
+def ragged_split(x, y, S):
+    outs = []
+    for x_c in x.split(4, 1):
+        S = S + x_c.sum(1)
+        outs.append(x_c * S.unsqueeze(1))
+    return torch.cat(outs, 1), S
+
+
+def turned_weights(x, y, S):
+    W = y[0, :3]
+    for t in range(x.shape[1]):
+        S = S @ W + x[:, t] @ W.T * 0.5
+    return S
+
+
+def halves_of_a_weight(x, y, S):
+    W, U = y[:, :2].chunk(2, 1)
+    V = W.transpose(0, 1)
+    for t in range(x.shape[1]):
+        S = S * W[:, 0] + x[:, t] * U[:, 0] + V[0].mean()
+    return S
+
+
 FORMS = [
     unbind, unbind_of_a_call, bare_tensor, bare_argument, annotated_argument, zipped, zip_of_unequal_lengths,
     enumerated, enumerated_from_one, split_in_steps, chunked, split_in_chunks, reversed_unbind, backwards,
     reversed_range, mirrored_index, strided, strided_backwards, counted_while, counted_down, while_bound_first,
     shifted, wraps_around, chunks, numbered_chunks, windows, windows_of_a_last_axis, last_chunk_is_shorter,
+    ragged_chunks, ragged_up_to_the_end, ragged_split, turned_weights, halves_of_a_weight,
 ]  # fmt: skip
 
 
@@ -287,17 +328,24 @@ def test_a_list_of_tensors_is_left_alone():
 # Near misses: the line of the refusal is marked.
 
 
-def ragged_chunks(x, y, S):
-    o = torch.zeros_like(x)
-    for i in range(0, x.shape[1], 4):  # here
-        S = S + x[:, i : i + 4].sum(1)
-        o[:, i : i + 4] = x[:, i : i + 4] * S.unsqueeze(1)
-    return o
+def cut_short(x, y, S):
+    T = x.shape[1] - 1
+    for i in range(0, T, 4):  # here
+        j = min(i + 4, T)
+        S = S + x[:, i:j].sum(1)
+    return S
 
 
-def ragged_split(x, y, S):
-    for x_c in x.split(4, 1):  # here
+def ragged_chunk(x, y, S):
+    for x_c in x.chunk(4, 1):  # here
         S = S + x_c.sum(1)
+    return S
+
+
+def cap_used(x, y, S):
+    T = x.shape[1]
+    for i in range(0, T, 4):
+        S = S + x[:, i : i + 4].sum(1) * min(i + 4, T)  # here
     return S
 
 
@@ -334,8 +382,9 @@ def writes_what_it_iterates(x, y, S):
 
 
 NEAR_MISSES = [
-    (ragged_chunks, "index_range"),
-    (ragged_split, "index_range"),
+    (cut_short, "index_range"),
+    (ragged_chunk, "index_range"),
+    (cap_used, "loop_index_used"),
     (far_shift, "index_range"),
     (overlapping_writes, "reads_own_output"),
     (counter_moves_twice, "loop_index_used"),

@@ -25,6 +25,11 @@ class State:
     z: torch.Tensor
 
 
+@dataclass
+class Late:
+    S: torch.Tensor | None = None
+
+
 def in_a_tuple(x, y, S):
     state, outs = (S, S * 2), []
     for t in range(x.shape[1]):
@@ -100,6 +105,70 @@ def in_attributes(x, y, S):
     return seen.z, state.S
 
 
+def fills_a_dict(x, y, S):
+    cache = {}
+    for t in range(x.shape[1]):
+        S = S * y[:, t] + x[:, t]
+        cache["S"] = S
+    return cache["S"]
+
+
+def in_place_in_a_list(x, y, S):
+    S = S * 1
+    states = [S]
+    for t in range(x.shape[1]):
+        states[0] *= 0.5
+        states[0] += x[:, t]
+    return states[0] + S
+
+
+def first_set_in_the_loop(x, y, S):
+    state = {"z": S}
+    for t in range(x.shape[1]):
+        if t == 0:
+            state["S"] = torch.zeros_like(S)
+        state["S"] = state["S"] * y[:, t] + x[:, t]
+        state["z"] = state["z"] + state["S"]
+    return state
+
+
+def first_asked_for(x, y, S):
+    state, outs = {}, []
+    for t in range(x.shape[1]):
+        h = state.get("h")
+        h = S if h is None else h * y[:, t]
+        state["h"] = h + x[:, t]
+        outs.append(state["h"])
+    return torch.stack(outs, 1), state["h"]
+
+
+def not_yet_in_a_dict(x, y, S):
+    state = {"h": None}
+    for x_t, y_t in zip(x.unbind(1), y.unbind(1), strict=True):
+        if state["h"] is None:
+            state["h"] = S * 1
+        state["h"] = state["h"] * y_t
+        state["h"].add_(x_t)
+    return state["h"]
+
+
+def list_entries_first_set(x, y, S):
+    states = [None, None]
+    for t in range(x.shape[1]):
+        for i in range(2):
+            states[i] = x[:, t] if t == 0 else states[i] * y[:, t] + x[:, t] * i
+    return states[0] + S, states[1]
+
+
+def attribute_first_set(x, y, S):
+    state = Late()
+    for t in range(x.shape[1]):
+        if state.S is None:
+            state.S = torch.zeros_like(S)
+        state.S = state.S * y[:, t] + x[:, t]
+    return state.S
+
+
 def stored_after_the_loop(x, y, S):
     state = State(S, S)
     for x_t in x.unbind(1):
@@ -133,7 +202,8 @@ def under_autocast(x, y, S):
 
 FORMS = [
     in_a_tuple, by_a_cell, by_a_cell_from_none, in_a_named_tuple, in_a_dataclass, in_a_list, in_a_dict, in_attributes,
-    stored_after_the_loop, without_gradients, with_gradients_again, under_autocast,
+    stored_after_the_loop, without_gradients, with_gradients_again, under_autocast, fills_a_dict, in_place_in_a_list,
+    first_set_in_the_loop, first_asked_for, not_yet_in_a_dict, list_entries_first_set, attribute_first_set,
 ]  # fmt: skip
 
 
@@ -174,14 +244,6 @@ def test_an_lstm_cell():
 # Near misses.
 
 
-def fills_a_dict(x, y, S):
-    cache = {}
-    for t in range(x.shape[1]):
-        S = S * y[:, t] + x[:, t]
-        cache["S"] = S  # here
-    return cache["S"]
-
-
 def two_names_for_a_list(x, y, S):
     states = [S, S * 2]  # here
     same = states
@@ -189,15 +251,6 @@ def two_names_for_a_list(x, y, S):
         states[0] = states[0] * y[:, t] + same[1]
         states[1] = states[0] + x[:, t]
     return states[1]
-
-
-def in_place_in_a_list(x, y, S):
-    S = S * 1
-    states = [S]
-    for t in range(x.shape[1]):  # here
-        states[0] *= 0.5
-        states[0] += x[:, t]
-    return states[0] + S
 
 
 def a_list_in_a_list(x, y, S):
@@ -228,9 +281,7 @@ def no_grad_inside(x, y, S):
 @pytest.mark.parametrize(
     "fn, reason",
     [
-        (fills_a_dict, "state_escapes"),
         (two_names_for_a_list, "mutates_input"),
-        (in_place_in_a_list, "not_captured"),
         (a_list_in_a_list, "state_escapes"),
         (a_dict_that_changes, "carry_changes"),
         (no_grad_inside, "unsupported_statement"),

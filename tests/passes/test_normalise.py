@@ -76,6 +76,17 @@ def matrix_times_vector_of_the_transpose(q, k, v):
     return o, S
 
 
+@CASES("delta_rule", "tk tk tv t kk")
+def computed_twice_with_views_in_place(q, k, v, beta, W):
+    """PyTorch itself writes `squeeze_` behind a product with a vector."""
+    S, outs = q.new_zeros(q.shape[1], v.shape[1]), []
+    for t in range(q.shape[0]):
+        error = v[t] - (S * F.linear(k[t], W).unsqueeze(-1)).sum(0)
+        S = S + torch.outer(F.linear(k[t], W), beta[t] * error)
+        outs.append(q[t] @ S)
+    return torch.stack(outs), S
+
+
 @CASES("linear_attention", "bthk bthk bthv")
 def addcmul(q, k, v):
     S, o = bare(q, v), torch.zeros_like(v)

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from programs import operands
+import torch.nn.functional as F
+from programs import Cases, Passes, assert_looped, assert_rewritten, assert_same, operands, over_time, read, write
 from torch._higher_order_ops.scan import scan
 
 from fla_compile.passes.lowering import extract
 from fla_compile.passes.normal_form import Factor, Term, Value
-from fla_compile.passes.normalise import Step, normalise
+from fla_compile.passes.normalise import focus, normalise
 from fla_compile.passes.polynomials import difference, materialise, renamed, same_factors, without
 from fla_compile.passes.scans import scan_nodes, take_apart
+from fla_compile.passes.step import Step
 
 AXES = "hkv hk hk hv h"  # the operands of one step: S, k, l, v, b
 
@@ -30,7 +32,7 @@ def step_of(new_state) -> Step:
     with torch.no_grad():
         torch.compile(program, backend=backend, fullgraph=True)(S, *(torch.stack([x] * 3) for x in reads))
     (step,) = found
-    step.focus(frozenset({0}), frozenset())
+    focus(step, frozenset({0}), frozenset())
     return step
 
 
@@ -124,3 +126,76 @@ def test_factors_as_sets():
     assert without([a, b], [c]) is None and without([a], []) == (a,)
     assert same_factors([a, b], [b, a]) and not same_factors([a, b], [a, c]) and not same_factors([a], [a, a])
     assert renamed([a, b], {1: 2}) == (Factor(0, ((0,), (2,))), c)
+
+
+# (I - beta k k^T) S: the matrix is multiplied out, and what k, v and q are made of stays as it is.
+
+CASES = Cases()
+
+
+def eye(x: torch.Tensor) -> torch.Tensor:
+    return torch.eye(x.shape[-1], dtype=x.dtype)
+
+
+@CASES.cell("delta_rule", "bhkv bthk bthk bthv bth kk vv kk")
+def projected_operands(S, q, k, v, beta, Wk, Wv, Wq):
+    k, v, q = k @ Wk, v @ Wv, F.linear(q, Wq)
+    bk = k * beta[..., None]
+    S = (eye(k) - write(bk, k)) @ S + write(bk, v)
+    return read(q, S), S
+
+
+@CASES.cell("kda", "bhvk bthk bthk bthv bth bthk")
+def keys_of_two_terms(S, q, k, v, beta, g):
+    k = F.elu(k) + 1
+    bk = k * beta.sigmoid()[..., None]
+    S = g.sigmoid()[..., None, :] * S
+    S = S @ (eye(k) - torch.einsum("bhk,bhj->bhkj", bk, k)) + torch.einsum("bhv,bhk->bhvk", v, bk)
+    return (S @ q[..., None])[..., 0], S
+
+
+@CASES("gated_delta_rule", "tk tk tv t t kk")
+def a_projected_query_without_batch(q, k, v, beta, g, Wq):
+    S, outs = q.new_zeros(q.shape[1], v.shape[1]), []
+    for t in range(q.shape[0]):
+        S = (eye(k) - beta[t] * torch.outer(k[t], k[t])) @ (g[t].sigmoid() * S) + torch.outer(beta[t] * k[t], v[t])
+        outs.append(F.linear(q[t], Wq) @ S)
+    return torch.stack(outs), S
+
+
+@CASES.cell("dplr", "bhkv bthk bthk bthv bthk bthk bthk kk")
+def a_diagonal_and_a_matrix(S, q, k, v, g, b, c, Wk):
+    S = (torch.diag_embed(g.sigmoid()) + write(b, c)) @ S + write(k @ Wk, v)
+    return read(q, S), S
+
+
+@CASES.cell("kda", "bhkv bthk bthk bthv bth bthk vv")
+def a_product_of_matrices(S, q, k, v, beta, g, Wv):
+    erase = eye(k) - beta[..., None, None] * write(k, k)
+    S = (erase @ torch.diag_embed(g.sigmoid())) @ S + write(beta[..., None] * k, v @ Wv)
+    return read(q, S), S
+
+
+@pytest.mark.parametrize("fn, families, axes, sizes", CASES)
+def test_matrices_made_of_an_identity(fn, families, axes, sizes):
+    assert_rewritten(fn, [x * 0.5 for x in operands(axes, **sizes)], families)
+
+
+def an_identity_less_any_matrix(S, q, k, v, W):
+    S = (eye(k) - W) @ S + write(k, v)  # here
+    return (q[..., None, :] @ S).squeeze(-2), S
+
+
+def an_identity_as_a_mask(S, q, k, v):
+    S = (eye(k) - write(q, k)) * S + write(k, v)
+    return read(q, S), S
+
+
+def test_other_uses_of_an_identity():
+    axes = "bhkv bthk bthk bthv kk"
+    args = [x * 0.5 for x in operands(axes)]
+    assert_looped(over_time(an_identity_less_any_matrix, axes), args, "unknown_recurrence", "whole matrix")
+    axes = "bhkk bthk bthk bthk"
+    fn, backend = over_time(an_identity_as_a_mask, axes), Passes()
+    assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), operands(axes))
+    assert [r.family for r in backend.report.rewrites] == ["linear_scan"]

@@ -142,6 +142,27 @@ def decay_of_two_terms(S, q, k, v, z):
     return torch.einsum("bhk,bhkv->bhv", q, S), S
 
 
+@CASES.cell("gated_delta_rule", "bhkv bthk bthk bthv bth bth")
+def erase_after_a_decay_of_two_terms(S, q, k, v, beta, z):
+    S = S - torch.sigmoid(z)[..., None, None] * S
+    S = S + write(k, beta[..., None] * (v - read(k, S)))
+    return read(q, S), S
+
+
+@CASES.cell("kda", "bhkv bthk bthk bthv bth bthk")
+def erase_after_a_decay_of_two_terms_over_keys(S, q, k, v, beta, z):
+    S = S - torch.sigmoid(z)[..., None] * S
+    S = S + write(k, beta[..., None] * (v - read(k, S)))
+    return read(q, S), S
+
+
+@CASES.cell("dplr", "bhkv bthk bthk bthv bth bth")
+def two_erases_of_one_key(S, q, k, v, b, c):
+    S = S - b[..., None, None] * write(k, read(k, S)) - c[..., None, None] * write(k, read(k, S))
+    S = S + write((b + c)[..., None] * k, v)
+    return read(q, S), S
+
+
 @CASES.cell("linear_attention", "bhkv bthk bthk bthv bthv")
 def two_writes_of_one_key(S, q, k, v, w):
     S = S + k[..., None] * v[..., None, :] - 2 * k[..., None] * w[..., None, :]
@@ -308,7 +329,16 @@ def rounded(S, q, k, v):
     return (q[..., None] * S).sum(-2), S
 
 
+def erases_over_keys_and_over_values(S, q, k, v):
+    """The gate is a factor of all the erases, the state is not: its axes differ."""
+    S = torch.sigmoid(q.mean(-1))[..., None, None] * S
+    S = S - write(k, read(k, S))
+    S = S - 0.1 * (S @ v[..., None]) * v[..., None, :] + write(k, v)  # here
+    return read(q, S), S
+
+
 LOOPED = [
+    (erases_over_keys_and_over_values, "unknown_recurrence", "ways"),
     (squared, "not_affine", "multiplies states"),
     (transposed, "unknown_recurrence", "moves"),
     (rolled, "unsupported_op", "roll"),

@@ -204,3 +204,55 @@ def test_in_float64_leaves_the_original_alone():
 def test_gradients_reach_every_operand():
     values, slopes = outcome(program, operands("bthk bthk bthv bthk"))
     assert len(values) == 2 and all(g is not None and g.abs().max() > 0 for g in slopes)
+
+
+def written_after_it_was_read(q, k, v, beta):
+    """Eager autograd cannot differentiate it: the product holds the state that is then written to."""
+    S, outs = q.new_zeros(q.shape[0], q.shape[2], v.shape[3], q.shape[3]), []
+    for t in range(q.shape[1]):
+        S = 1.0 * S
+        error = v[:, t] - (S @ k[:, t, :, :, None])[..., 0]
+        S += (beta[:, t, :, None] * error)[..., None] * k[:, t, :, None, :]
+        outs.append((S @ q[:, t, :, :, None])[..., 0])
+    return torch.stack(outs, 1)
+
+
+def without_writes_in_place(q, k, v, beta):
+    S, outs = q.new_zeros(q.shape[0], q.shape[2], v.shape[3], q.shape[3]), []
+    for t in range(q.shape[1]):
+        error = v[:, t] - (S @ k[:, t, :, :, None])[..., 0]
+        S = S + (beta[:, t, :, None] * error)[..., None] * k[:, t, :, None, :]
+        outs.append((S @ q[:, t, :, :, None])[..., 0])
+    return torch.stack(outs, 1)
+
+
+def test_gradients_that_eager_cannot_take():
+    args = operands("bthk bthk bthv bth")
+    with pytest.raises(RuntimeError, match="inplace"):
+        outcome(written_after_it_was_read, args)
+    assert_rewritten(written_after_it_was_read, args, "delta_rule", reference=without_writes_in_place)
+
+
+def halved(S):
+    with torch.no_grad():
+        return S * 0.5
+
+
+def without_gradients_of_the_state(q, k, v):
+    S, outs = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3]), []
+    for t in range(q.shape[1]):
+        S = S + k[:, t][..., None] * v[:, t][..., None, :]
+        outs.append((q[:, t][..., None] * S).sum(-2))
+        S = halved(S)
+    return torch.stack(outs, 1)
+
+
+def test_no_grad_in_the_loop_is_refused_without_validation_too():
+    backend = Passes(Options(validate=False))
+    args = operands("bthk bthk bthv")
+    got, slopes = outcome(torch.compile(without_gradients_of_the_state, backend=backend, fullgraph=True), args)
+    want, true_slopes = outcome(without_gradients_of_the_state, args)
+    for a, b in zip((*got, *slopes), (*want, *true_slopes), strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-5)
+    (refusal,) = backend.report.refusals
+    assert refusal.reason == "unsupported_op" and "no_grad" in refusal.detail

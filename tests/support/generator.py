@@ -43,7 +43,7 @@ def families_of(spec: Spec) -> frozenset[str]:
         "retention": {"retention", "simple_gla"},
         "linear_scan": {"linear_scan", "gla"},  # with an output projection as its read-out, a state of one column
     }
-    if spec.family == "gla" and spec.before and spec.decays == (spec.lead + "k",):
+    if spec.family == "gla" and spec.before and not any("v" in axes for axes in spec.decays):
         return frozenset({"gla", "rwkv6"})
     return frozenset(same.get(spec.family, {spec.family}))
 

@@ -8,6 +8,9 @@ SIZES = {"b": 2, "t": 5, "h": 2, "g": 2, "k": 3, "v": 4, "m": 3}
 FEATURES = "gkvm"
 WRAPS = ("function", "function", "helper", "module", "method", "cell")
 MODULES = ("module", "method", "cell")
+HELPERS = ("helper", "method", "cell")
+# How a helper hands the states on: as results, in place, or in a container that it stores into.
+CALLS = ("returned", "returned", "copied", "dict", "list")
 # How the loop is written; `STREAMED` forms name a step of each tensor in their heads, "zip" has no index.
 INDEXED = ("from_zero", "measured", "while", "reversed", "backwards")
 STREAMED = ("unbind", "enumerate", "zip")
@@ -38,7 +41,8 @@ class Argument:
 class Draft:
     """`setup` and `init`; the loop over `ready`, `update` and `read` (or `read` first), `store`; `finish`.
 
-    `timed` are the axes of all tensors with time, `steps` the reads of one step that have a name.
+    `timed` are the axes of all tensors with time, `steps` the reads of one step that have a name. `call` is one of
+    CALLS; a helper that returns no state may be called in a comprehension.
     """
 
     pick: Pick
@@ -63,6 +67,13 @@ class Draft:
     read: list[Line] = field(default_factory=list)
     store: list[Line] = field(default_factory=list)
     finish: list[Line] = field(default_factory=list)
+    call: str = "returned"
+    comprehend: bool = False
+
+    def __post_init__(self) -> None:
+        if self.wrap in HELPERS:
+            self.call = self.pick(*CALLS)
+            self.comprehend = self.call != "returned" and self.form != "while" and self.pick(False, True)
 
     def operand(self, name: str, axes: str) -> str:
         """A new argument with time; `axes` are those of one step."""
@@ -91,7 +102,7 @@ class Draft:
         axes = full.replace("t", "")
         if own not in self.steps:
             read = self.subscript(name, full)
-            named = self.wrap in ("helper", "method", "cell") or self.form in STREAMED
+            named = self.wrap in HELPERS or self.form in STREAMED
             if not named and self.pick(False, True):
                 return Tensor(read, axes)
             self.steps[own] = read

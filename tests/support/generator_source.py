@@ -2,7 +2,7 @@
 
 import re
 
-from generator_draft import MODULES, Draft, Line
+from generator_draft import HELPERS, MODULES, Draft, Line
 
 IMPORTS = ["import einops", "import torch", "import torch.nn.functional as F", "from torch import nn", "", ""]
 
@@ -17,23 +17,38 @@ def source(draft: Draft, pure: bool = False) -> str:
     step, init = text(draft.ready, *core), text(draft.setup, draft.init)
     head, reads = _head(draft)
     definition: list[str] = []
-    if draft.wrap in ("helper", "method", "cell"):
-        results = ", ".join([*draft.states, "y"])
-        inputs = ", ".join([*draft.states, *_needs(draft, step, init)])
+    finish = text(draft.finish)
+    if draft.wrap in HELPERS:
+        call = "returned" if pure else draft.call
+        needs = _needs(draft, step, init)
+        taken, given, before, after = _handed(draft, call)
+        results = ", ".join([*(draft.states if call == "returned" else []), "y"])
+        inputs, arguments = (", ".join([*states, *needs]) for states in (taken, given))
+        if call == "copied":
+            init = [f"{s}.clone()" if s in [f"{S} = {S}0" for S in draft.states] else s for s in init]
+        elif call != "returned":
+            entries = ", ".join(f"'{S}': {S}" if call == "dict" else S for S in draft.states)
+            init = [*init, f"{given[0]} = " + (f"{{{entries}}}" if call == "dict" else f"[{entries}]")]
+            finish = [*before, *finish]
         name, callee = {
             "helper": ("step", "step"),
             "method": ("step", "self.step"),
             "cell": ("forward", "self.cell"),
         }[draft.wrap]
         own = "" if draft.wrap == "helper" else "self, "
-        definition = [f"def {name}({own}{inputs}):", *_indented([*step, f"return {results}"])]
-        step = [f"{results} = {callee}({inputs})"]
+        definition = [f"def {name}({own}{inputs}):", *_indented([*before, *step, *after, f"return {results}"])]
+        step = [f"{results} = {callee}({arguments})"]
     tail = [f"{draft.index} += 1"] if draft.form == "while" else []
     start = [f"{draft.index} = 0"] if draft.form == "while" else []
-    around = [init, text(draft.finish)]
+    store = text(draft.store)
+    around = [init, finish]
     if draft.wrap == "cell":
         around = [[s.replace("self.", "self.cell.") for s in part] for part in around]
-    loop = [head, *_indented([*reads, *step, *text(draft.store), *tail])]
+    loop = [head, *_indented([*reads, *step, *store, *tail])]
+    if draft.comprehend and not pure and (found := _comprehension(head, reads, step, store)):
+        name, comprehension = found
+        around[0] = [s for s in around[0] if s != f"{name} = []"]
+        loop = [comprehension]
     inner = [*_sizes(draft), *around[0], *start, *loop, *around[1], f"return {', '.join(draft.returns)}"]
     if draft.wrap not in MODULES:
         function = [f"def program({', '.join([*draft.arguments, *draft.weights])}):", *_indented(inner)]
@@ -48,6 +63,33 @@ def source(draft: Draft, pure: bool = False) -> str:
         lines += ["class Cell(nn.Module):", *_indented([*holder, *definition]), "", ""]
         parts = ["def __init__(self):", *_indented(["super().__init__()", "self.cell = Cell()"]), "", *forward]
     return "\n".join([*lines, "class Mixer(nn.Module):", *_indented(parts), "", "", "program = Mixer()", ""])
+
+
+def _handed(draft: Draft, call: str) -> tuple[list[str], list[str], list[str], list[str]]:
+    """A helper's parameters and arguments for the states, and its statements before and after the step."""
+    states = draft.states
+    if call == "returned":
+        return states, states, [], []
+    if call == "copied":
+        own = [f"{S}_" for S in states]
+        return own, states, [f"{S} = {S}_" for S in states], [f"{S}_.copy_({S})" for S in states]
+    name = {"dict": "cache", "list": "box"}[call]
+    places = [f"{name}[{S!r}]" if call == "dict" else f"{name}[{i}]" for i, S in enumerate(states)]
+    before = [f"{S} = {place}" for S, place in zip(states, places, strict=True)]
+    return [name], [name], before, [f"{place} = {S}" for S, place in zip(states, places, strict=True)]
+
+
+def _comprehension(head: str, reads: list[str], step: list[str], store: list[str]) -> tuple[str, str] | None:
+    """(list, statement) for a loop that does no more than append what a helper returns."""
+    filled = re.fullmatch(r"(\w+)(?:\.append\((.*)\)| \+= \[(.*)\])", store[0]) if len(store) == 1 else None
+    if filled is None or len(step) != 1 or not step[0].startswith("y = "):
+        return None
+    call = step[0].removeprefix("y = ")
+    for read in reads:
+        name, value = read.split(" = ", 1)
+        call = re.sub(rf"(?<![\w.]){name}\b", value, call)
+    item = re.sub(r"\by\b", call, filled[2] or filled[3])
+    return filled[1], f"{filled[1]} = [{item} {head.removesuffix(':')}]"
 
 
 def _head(draft: Draft) -> tuple[str, list[str]]:

@@ -1,0 +1,70 @@
+"""A loop that cannot be lifted costs what plain `torch.compile` costs: same result, same graph, no more time."""
+
+import statistics
+import time
+
+import pytest
+import torch
+from programs import Passes, operands
+from torch._dynamo import lookup_backend
+
+T = 64
+# Both traces do the same work but for one look at the source, and one attempt where only the values tell.
+FACTOR = 1.25
+
+
+class Plain:
+    """Any other backend, counting nodes."""
+
+    def __init__(self):
+        self.nodes = 0
+
+    def __call__(self, gm, example_inputs):
+        self.nodes = len(gm.graph.nodes)
+        return lookup_backend("aot_eager")(gm, example_inputs)
+
+
+class Ours(Passes):
+    def __call__(self, gm, example_inputs):
+        run = super().__call__(gm, example_inputs)
+        self.nodes = len(gm.graph.nodes)
+        return run
+
+
+def reads_back(x, w):
+    """Refused by its source: each step reads what the one before it wrote."""
+    o = torch.zeros_like(x)
+    for t in range(1, x.shape[1]):
+        o[:, t] = torch.tanh(o[:, t - 1] * w + x[:, t]) * torch.sigmoid(x[:, t])
+    return o
+
+
+def narrows(x, w):
+    """Refused by its values: the state changes its type."""
+    h, outs = torch.zeros_like(x[:, 0], dtype=torch.bfloat16), []
+    for t in range(x.shape[1]):
+        h = torch.tanh(h * w + x[:, t]) * torch.sigmoid(x[:, t])
+        outs.append(h * w)
+    return torch.stack(outs, 1)
+
+
+def seconds(fn, backend, args):
+    torch._dynamo.reset()
+    start = time.process_time()
+    with torch.no_grad():
+        result = torch.compile(fn, backend=backend, fullgraph=True, dynamic=False)(*args)
+    return time.process_time() - start, result
+
+
+@pytest.mark.parametrize("fn, reason", [(reads_back, "reads_own_output"), (narrows, "carry_changes")])
+def test_what_cannot_be_lifted_costs_no_more(fn, reason):
+    args = operands("btv v", t=T)
+    plain, ours = Plain(), Ours(then="aot_eager")
+    seconds(fn, Ours(then="aot_eager"), operands("btv v", t=3))  # imports and the like
+    times = [(seconds(fn, plain, args), seconds(fn, ours, args)) for _ in range(3)]
+    assert [refusal.reason for refusal in ours.report.refusals] == [reason]
+    for (_, want), (_, got) in times:
+        assert torch.equal(got, want)
+    assert ours.nodes == plain.nodes > 5 * T
+    before, after = (statistics.median(seconds for seconds, _ in run) for run in zip(*times, strict=True))
+    assert after <= FACTOR * before, f"{after:.2f} s of capture, {before:.2f} s as plain torch.compile"
