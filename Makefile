@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/train_bytes.py
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # `kernels`, `passes` and `models` are imported from inside `fla_compile`: mypy is shown them there.
 lint: $(VENV)/installed

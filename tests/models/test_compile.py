@@ -1,0 +1,87 @@
+"""Every model under `torch.compile(model, backend="fla", fullgraph=True)`: what is recognised, how often compiled."""
+
+import pytest
+import torch
+from support.models import MODELS, Case, tokens
+from torch._dynamo.utils import counters
+
+import fla_compile
+
+every_model = pytest.mark.parametrize("case", MODELS, ids=str)
+
+
+def families(report: fla_compile.Report) -> tuple[str, ...]:
+    assert not report.refusals, report
+    return tuple(rewrite.family for rewrite in report.rewrites)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("case", [case for case in MODELS if not case.label or "attn" in case.config], ids=str)
+def test_a_training_step_is_recognised_completely(case: Case) -> None:
+    """One layer, as all are alike; both where attention takes one."""
+    layers = 2 if "attn" in case.config else 1
+    ids = tokens(2, 6)
+    report = fla_compile.explain(case.new_model(num_hidden_layers=layers), ids, labels=ids)
+    assert families(report) == case.families[: len(case.families) * layers // 2]
+
+
+@pytest.mark.slow
+@every_model
+@torch.no_grad()
+def test_training_prefill_padding_and_decoding_are_recognised(case: Case) -> None:
+    model, ids = case.new_model(), tokens(2, 6)
+    with torch.enable_grad():
+        assert families(fla_compile.explain(model, ids, labels=ids)) == case.families
+    model.eval()
+    masked = case.families if case.masked_families is None else case.masked_families
+    assert families(fla_compile.explain(model, ids, use_cache=True)) == case.families
+    assert families(fla_compile.explain(model, ids, attention_mask=torch.ones_like(ids), use_cache=True)) == masked
+    cache = model(ids, use_cache=True).past_key_values
+    assert families(fla_compile.explain(model, ids[:, :1], past_key_values=cache, use_cache=True)) == case.families
+
+
+@pytest.mark.slow
+@every_model
+def test_one_compilation_trains_every_length(case: Case) -> None:
+    model = case.new_model()
+    step = torch.compile(model, backend="fla", fullgraph=True, dynamic=True)
+    for length in (17, 40, 70):
+        ids, gradients = tokens(2, length, seed=length), []
+        for run in (step, model):
+            model.zero_grad()
+            loss = run(ids, labels=ids).loss
+            loss.backward()
+            gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        for ours, eager in zip(*gradients, strict=True):
+            assert (ours - eager).abs().max() <= 1e-4 * eager.abs().max() + 1e-6
+    assert graphs() == 1
+
+
+@pytest.mark.slow
+@every_model
+@torch.no_grad()
+def test_one_compilation_reads_prompts_of_every_length_and_one_writes(case: Case) -> None:
+    model = case.new_model().eval()
+    run = torch.compile(model, backend="fla", fullgraph=True, dynamic=True)
+    for length in (17, 40, 70):
+        ids = tokens(2, length, seed=length)
+        ours, eager = run(ids, use_cache=True), model(ids, use_cache=True)
+        assert (ours.logits - eager.logits).abs().max() <= 1e-4 * eager.logits.abs().max()
+    assert graphs() == 1
+    for i in range(4):
+        ids = tokens(2, 1, seed=i)
+        ours, eager = (
+            f(ids, past_key_values=out.past_key_values, use_cache=True) for f, out in ((run, ours), (model, eager))
+        )
+        assert (ours.logits - eager.logits).abs().max() <= 1e-4 * eager.logits.abs().max()
+    assert graphs() == 2
+    assert ours.past_key_values.get_seq_length() == 74
