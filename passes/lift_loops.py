@@ -70,7 +70,7 @@ def lift_loops(fn: FunctionType, *, skip: frozenset[tuple[str, int]] = frozenset
     if not _has_loop(code) or not BUILTINS.isdisjoint(fn.__globals__):
         return NOTHING
     mine = frozenset(line for name, line in skip if name == code.co_filename)
-    twin_code, loops, refusals = _lift_code(code, mine)
+    twin_code, loops, refusals = _lift_code(code, code.co_filename, mine)
     if twin_code is None:
         return Lifted(None, loops, refusals)
     twin = FunctionType(twin_code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
@@ -93,8 +93,9 @@ def _hides_builtins(code: CodeType) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _lift_code(
-    code: CodeType, skip: frozenset[int]
+    code: CodeType, filename: str, skip: frozenset[int]
 ) -> tuple[CodeType | None, tuple[LoopSite, ...], tuple[Refusal, ...]]:
+    """The file is a key of the cache: code objects of two files are equal if they differ in nothing else."""
     tree = parse_function(code)
     if tree is None:
         return None, (), ()
@@ -102,15 +103,15 @@ def _lift_code(
     if not any(isinstance(n, (ast.Subscript, ast.For, ast.While, *COMPREHENSIONS)) for n in walk_scope(function.body)):
         return None, (), ()
     prefix = free_prefix(function)
-    speller = Speller(function, code.co_filename, prefix)
+    speller = Speller(function, filename, prefix)
     speller.spell(skip)
-    scope = Scope(function, code.co_filename, prefix)
+    scope = Scope(function, filename, prefix)
     forms = {id(form.loop): form for form in speller.forms}
     plans, refusals = _plan(scope, skip, forms)
     refusals += tuple(refused.record("recurrence") for refused in speller.refused)
     if not plans:
         return None, (), refusals
-    site = f"{PurePath(code.co_filename).name}:{plans[0].loop.lineno}"
+    site = f"{PurePath(filename).name}:{plans[0].loop.lineno}"
     original = compile_function(code, *parse_function(code))  # type: ignore[misc]
     if original is None or not same_program(original, code):
         detail = "the source on disk is not what this function was compiled from"
@@ -127,9 +128,7 @@ def _lift_code(
     # Guards on the user's cells go by position, so the twin must have the same ones in the same order.
     if twin is None or twin.co_freevars != code.co_freevars:
         return None, (), (Refusal("recurrence", "source_mismatch", "the twin's closure differs", site),)
-    sites = tuple(
-        LoopSite(code.co_filename, p.loop.lineno, code.co_qualname, not _is_asked(forms, p.loop)) for p in plans
-    )
+    sites = tuple(LoopSite(filename, p.loop.lineno, code.co_qualname, not _is_asked(forms, p.loop)) for p in plans)
     return twin, sites, refusals
 
 

@@ -21,7 +21,7 @@ REASONS = {
     "reads_own_output": "The loop reads, or may read, a tensor that it writes step by step.",
     "output_list_used": "A list that the loop fills is used other than by len, stack or cat after the loop.",
     "state_escapes": "A value of one step outlives it other than as a carried local variable.",
-    "aliased_state": "A state that is updated in place is also kept under another name or in a list.",
+    "aliased_state": "A state that is updated in place is also kept or read under another name, or in a list.",
     "mutates_input": "The body changes memory in place that the loop reads or that something else may refer to.",
     "side_effect": "The body calls something only for its effect.",
     "unsupported_target": "A step is stored somewhere other than in a local tensor.",

@@ -391,3 +391,16 @@ def test_traceback_lines_are_the_users(tmp_path_factory, before, inside, indent)
     wrong = next(i for i, line in enumerate(path.read_text().splitlines(), 1) if "missing" in line)
     loop = next(i for i, line in enumerate(path.read_text().splitlines(), 1) if "for t" in line)
     assert [f.lineno for f in frames] == [loop, wrong]
+
+
+def test_equal_code_in_two_files(tmp_path):
+    """Code objects of two files compare equal; each twin must tell its own file, or a refused loop is never left."""
+    lines = "def total(x):", "    s = x.new_zeros(3)", "    for t in range(x.shape[1]):", "        s = s + x[:, t]"
+    text = "\n".join([*lines, "    return s", ""])
+    for name in ("one.py", "two.py"):
+        path, namespace = tmp_path / name, {}
+        path.write_text(text)
+        exec(compile(text, str(path), "exec"), namespace)
+        lifted = lift_loops(namespace["total"])
+        assert [site.filename for site in lifted.loops] == [str(path)]
+        assert lifted.twin.__code__.co_filename == str(path)
