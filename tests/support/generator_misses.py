@@ -113,7 +113,9 @@ EDITS["read_mean"] = reader("y = y + {S}.mean()", "y = y + {S}.sum(-1).sum()", "
 def early_exit(b: Builder, S: str) -> None:
     draft = b.draft
     draft.init = [line(x.text.replace("new_empty", "new_zeros")) for x in draft.init]  # some rows are never written
-    draft.read.append(line(f"if {draft.index} == 3:\n    {b.pick('break', 'continue')}"))
+    # `continue` in a counted while would skip the count, and never end.
+    leave = "break" if draft.form == "while" else b.pick("break", "continue")
+    draft.read.append(line(f"if {draft.index} == 3:\n    {leave}"))
 
 
 @edit(wraps=OUTER)
