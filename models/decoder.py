@@ -160,15 +160,16 @@ class DecoderModel(DecoderPreTrainedModel):
             "use_cache": use_cache,
             **kwargs,
         }
-        hidden_states = (x,)
+        seen: list[Tensor] = []
         for layer in self.layers:
+            if output_hidden_states:
+                seen.append(x)
             x, carried = layer(x, carried, **shared)
-            hidden_states = (*hidden_states, x)
         x = getattr(self, self.final_norm_name)(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            hidden_states=(*seen, x) if output_hidden_states else None,
         )
 
 
