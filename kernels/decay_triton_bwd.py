@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config
+from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     KINDS,
     NO_DECAY,
     as_decay,
+    check_shapes,
     chunk_program,
     launch_key_scores,
     launch_states,
@@ -128,33 +130,43 @@ def chunk_backward(
     do: torch.Tensor,
     dht: torch.Tensor | None,
     *,
+    need_dg: bool = True,
     config: Config | None = None,
+    scans: Scans | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients (dq, dk, dv, dg, dh0); dg (shaped as g) and dh0 in float32, None where the input is None.
 
-    `config` overrides the table's choice. Raises ValueError for dtypes, sizes or shapes that do not fit.
+    `config` and `scans` as for `chunk_forward`. Without `need_dg` dg may be None too. Raises ValueError for dtypes,
+    sizes or shapes that do not fit.
     """
-    plan = plan_launch(q, k, v, g, config, False)
+    kind = check_shapes(q, k, v, g)
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.to(q.dtype).contiguous()
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
-    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
+    B, T, H, K = q.shape
+    V = v.shape[-1]
     if B * H == 0:
-        return dq, dk, dv, None if g is None else torch.zeros_like(g, dtype=torch.float32), dh0
-    meta = dict(C=plan.config.chunk, PRECISION=plan.precision, **plan.options)
-    blocks = dict(K=K, V=V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[plan.kind])
-    per_chunk = B * H * plan.chunks
+        zeros = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *zeros
     with torch.cuda.device_of(q):
+        if config is None and scans is None and scale != 0:  # the fused launch divides by it
+            scans = plan_scans(q, v, kind)
+        if scans is not None:
+            return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
+        plan = plan_launch(q, v, kind, config)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
+        meta = dict(C=plan.config.chunk, PRECISION=plan.precision, **plan.options)
+        blocks = dict(K=K, V=V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[kind])
+        per_chunk = B * H * plan.chunks
         h, _ = launch_states(plan, k, v, g, h0, final=False)
         dh = torch.empty_like(h)
         chunk_state_grad_kernel[(B * H * plan.key_blocks * plan.value_blocks,)](
             q, do, g, dht, dh, dh0, scale, T, H,
             HAS_DHT=dht is not None, STORE_DH0=dh0 is not None, **blocks, **meta,
         )  # fmt: skip
-        a = launch_key_scores(plan, q, k, g) if g is not None and plan.kind == "vector" else None
+        a = launch_key_scores(plan, q, k, g) if g is not None and kind == "vector" else None
         chunk_value_grad_kernel[(per_chunk * plan.value_blocks,)](q, k, g, a, do, dh, dv, scale, T, H, **blocks, **meta)
         dg = launch_query_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale)
     return dq, dk, dv, dg, dh0

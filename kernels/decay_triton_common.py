@@ -200,7 +200,6 @@ class Launch:
     K: int
     V: int
     kind: str
-    fused: bool
     config: Config
     block_k: int
     block_v: int
@@ -228,15 +227,8 @@ def pad_block(size: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
-def plan_launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    config: Config | None,
-    fused: bool | None,
-) -> Launch:
-    """Checks the arguments and fills in what `config` and `fused` leave open; fused is False for a backward."""
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> str:
+    """The kind of decay that g is; raises ValueError for dtypes, sizes or shapes that do not fit."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -256,34 +248,26 @@ def plan_launch(
     kind = dims.get(None if g is None else g.dim())
     if kind is None or shape != shapes[kind]:
         raise ValueError(f"g has shape {shape}; expected {(H,)}, {(B, T, H)} or {(B, T, H, K)}")
+    return kind
+
+
+def plan_launch(q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None) -> Launch:
+    """The split launch of checked arguments, with the table's configuration unless one is given."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
     if config is None:
-        fused, config = choose_config(q, kind, B * H, T, K, V, fused)
-    elif fused is None:
-        raise ValueError("config is given, fused is not")
+        arch, shared = device_arch(q.device), shared_limit(q.device)
+        configs = configs_for(arch, "split", kind, q.element_size(), max(K, V), shared)
+        if not configs:
+            raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
+        config = configs[0]
+    return Launch(B, T, H, K, V, kind, config, pad_block(K, config.block_k), pad_block(V, config.block_v), precision(q))
+
+
+def precision(q: torch.Tensor) -> str:
+    """How products of float32 are taken, as torch is told to."""
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return Launch(
-        B, T, H, K, V, kind, fused, config,
-        pad_block(K, config.block_k), pad_block(V, config.block_v), "tf32" if tf32 else "ieee",
-    )  # fmt: skip
-
-
-def choose_config(
-    q: torch.Tensor, kind: str, heads: int, T: int, K: int, V: int, fused: bool | None
-) -> tuple[bool, Config]:
-    """Fused once its programs fill the device, or when time is too short to split; where it is offered at all."""
-    args = kind, q.element_size(), max(K, V), shared_limit(q.device)
-    arch = device_arch(q.device)
-    if fused is not False:
-        for config in configs_for(arch, "fused", *args):
-            programs = heads * triton.cdiv(V, config.block_v)
-            if fused or programs >= multiprocessors(q.device) or T <= 2 * config.chunk:
-                return True, config
-    if fused:
-        raise ValueError(f"no fused launch for {q.dtype}, K={K}, V={V}")
-    configs = configs_for(arch, "split", *args)
-    if not configs:
-        raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
-    return False, configs[0]
+    return "tf32" if tf32 else "ieee"
 
 
 def device_arch(device: torch.device) -> int:

@@ -1,0 +1,203 @@
+"""One pass of a decayed outer product over time, with the state on chip: no decay, or one per head or row.
+
+    forward   y_i = x_i^T S_i      S_i = a_i S_{i-1} + z_i w_i^T
+    reverse   y_j = x_j^T R_j      R_j = a_{j+1} R_{j+1} + z_j w_j^T
+
+Shapes: x, z [B, T, H, X]; w, y [B, T, H, W]; the log decay g absent, [H] or [B, T, H]. With a_t = exp(g_t) the output and
+all three gradients of o_t = scale * S_t^T q_t, S_t = a_t S_{t-1} + k_t v_t^T are such passes:
+
+    o  = scale * forward(q, k, v)        dq = scale * forward(do, v, k)
+    dk = scale * reverse(v, do, q)       dv = scale * reverse(k, q, do)
+
+In chunks of C rows, with c_i the sum of g from the start of the chunk to row i and L its last,
+
+    forward   y_i = e^{c_i} x_i^T S + sum_{j <= i} (x_i . z_j) e^{c_i - c_j} w_j       S' = e^L S + sum_j e^{L - c_j} z_j w_j^T
+    reverse   y_j = e^{L - c_j} x_j^T R + sum_{i >= j} (x_j . z_i) e^{c_i - c_j} w_i   R' = e^L R + sum_i e^{c_i} z_i w_i^T
+
+All exponents are <= 0 where g <= 0. The decay's gradient at row t collects every path from j < t to i >= t. Both passes
+over K blocks know a share of it, and together all: with S before a chunk and D = R after it,
+
+    dg_t = sum_{i >= t} q_i dq_i + sum_{j < t} k_j dk_j + e^L <S, D> - sum_j k_j dk"_j
+
+within the chunk, where dq and dk are taken without the terms i = j, and dk" is the part of dk that does not go through D:
+what the first two sums count of pairs on one side of t, the last one takes away. The pass for dq writes the first term
+and S; the pass for dk the others. No sum leaves its chunk, so paths that a strong decay has cut contribute nothing.
+
+Time may be cut into segments of L steps, each its own program with its own initial state (`decay_segments`).
+Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
+"""
+
+import triton
+import triton.language as tl
+
+from fla_compile.kernels.decay_triton_common import NO_DECAY, row_decay
+
+__all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_kernel", "load_state", "load_tile", "segment_program", "store_state", "store_tile", "tile_mask"]
+
+# What a pass computes beside y: nothing, or its share of the decay's gradient as the pass for dq or for dk.
+PLAIN = tl.constexpr(0)
+QUERIES = tl.constexpr(1)
+KEYS = tl.constexpr(2)
+
+
+@triton.jit
+def segment_program(T, H: tl.constexpr, L, n_s, W: tl.constexpr, BW: tl.constexpr):
+    """One program for each sequence, segment, head and W block: block, segment and head together, head, first row of
+    the sequence, first and last step."""
+    NW: tl.constexpr = tl.cdiv(W, BW)
+    i_p = tl.program_id(0)
+    i_nh = i_p // NW
+    i_h = i_nh % H
+    i_n = i_nh // H
+    t_a = (i_n % n_s) * L
+    return i_p % NW, i_nh.to(tl.int64), i_h, (i_n // n_s).to(tl.int64) * T * H + i_h, t_a, tl.minimum(t_a + L, T)
+
+
+@triton.jit
+def tile_mask(m_row, o_col, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """None where a tile [rows, columns] lies inside its array: masks cost registers. EVEN: all rows do."""
+    m_x = None
+    if WIDTH % BLOCK != 0:
+        m_x = (o_col < WIDTH)[None, :]
+        if not EVEN:
+            m_x = m_row[:, None] & m_x
+    elif not EVEN:
+        m_x = m_row[:, None]
+    return m_x
+
+
+@triton.jit
+def load_tile(p_x, o_row, o_col, m_x, WIDTH: tl.constexpr):
+    p_t = p_x + (o_row * WIDTH)[:, None] + o_col[None, :]
+    if m_x is None:
+        return tl.load(p_t)
+    else:
+        return tl.load(p_t, mask=m_x, other=0.0)
+
+
+@triton.jit
+def store_tile(p_x, b_x, o_row, o_col, m_x, WIDTH: tl.constexpr):
+    tl.store(p_x + (o_row * WIDTH)[:, None] + o_col[None, :], b_x.to(p_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def load_state(p_s, i_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Tile [BX, BW] of state number i_s, an array [X, W], or [W, X] if TRANSPOSED, in float32."""
+    if TRANSPOSED:
+        p_t = p_s + i_s * (X * W) + o_x[:, None] + (o_w * X)[None, :]
+    else:
+        p_t = p_s + i_s * (X * W) + (o_x * W)[:, None] + o_w[None, :]
+    if m_s is None:
+        return tl.load(p_t).to(tl.float32)
+    else:
+        return tl.load(p_t, mask=m_s, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
+    p_t = p_s + i_s * (X * W) + (o_x * W)[:, None] + o_w[None, :]
+    tl.store(p_t, b_s.to(p_s.dtype.element_ty), mask=m_s)
+
+
+@triton.jit(do_not_specialize=["T", "L", "n_s", "n_g"])
+def chunk_scan_kernel(
+    p_x, p_z, p_w, p_g, p_e, p_s0, p_y, p_st, p_gt, p_h, p_dg, s_in, s_y, s_st, T, L, n_s, n_g,
+    H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, PART: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BX covers X. p_e holds q or k where PART asks for a share of dg, [W blocks, n_g] in p_dg; p_h the states
+    [.., chunks, X, W]. Without OUTPUT only the final state is written, to p_st, and the segment's decay to p_gt.
+
+    The initial state is read times s_in, y is written times s_y, the final state times s_st.
+    """
+    i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    dtype = p_w.dtype.element_ty
+    n_c = tl.cdiv(t_e - t_a, C)
+    i_state = i_nh * tl.cdiv(L, C)
+    o_c = tl.arange(0, C)
+    o_x = tl.arange(0, BX)
+    o_w = i_w * BW + tl.arange(0, BW)
+    m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
+    b_s = tl.zeros((BX, BW), tl.float32)
+    b_total = 0.0
+    if HAS_S0:
+        b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
+    for i_n in range(n_c):
+        i_c = i_n
+        if REVERSE:
+            i_c = n_c - 1 - i_n
+        t_0 = t_a + i_c * C
+        i_row = i_seq + t_0.to(tl.int64) * H
+        o_t = t_0 + o_c
+        m_c = o_t < t_e
+        # from o_t, not o_c: a mask that no step changes would be kept in registers through the loop
+        if REVERSE:
+            o_i, o_j = o_t[None, :], o_t[:, None]
+        else:
+            o_i, o_j = o_t[:, None], o_t[None, :]
+        m_a = o_i > o_j
+        if PART == PLAIN:
+            m_a = o_i >= o_j
+        m_x = tile_mask(m_c, o_x, X, BX, EVEN)
+        m_w = tile_mask(m_c, o_w, W, BW, EVEN)
+        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
+        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
+        if DECAY != NO_DECAY:
+            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, dtype == tl.float32)
+            b_all = tl.exp(s_hi + s_lo)
+            b_up = tl.exp(b_hi + b_lo)
+            b_down = tl.exp((s_hi - b_hi) + (s_lo - b_lo))
+        if OUTPUT:
+            b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
+            b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)
+            if DECAY != NO_DECAY:
+                b_d = (b_hi[:, None] - b_hi[None, :]) + (b_lo[:, None] - b_lo[None, :])
+                if REVERSE:
+                    b_d = -b_d
+                b_a *= tl.exp(b_d)  # what overflows here is masked next
+            b_p = tl.where(m_a, b_a, 0.0).to(dtype)
+            if PART != PLAIN:
+                b_a = tl.where(o_t[:, None] == o_t[None, :], b_a, 0.0).to(dtype)
+            b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION)
+            if DECAY != NO_DECAY:
+                if REVERSE:
+                    b_y *= b_down[:, None]
+                else:
+                    b_y *= b_up[:, None]
+            if PART == QUERIES:
+                store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
+                b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)
+                b_t = tl.sum(load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W) * b_y, 1)
+                b_t = tl.cumsum(b_t, 0, reverse=True) * s_y
+                b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
+            elif PART == KEYS:
+                b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)
+                b_all_s = b_all * tl.sum(tl.sum(b_h * b_s, 0), 0)
+                b_k = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
+                b_t = tl.sum(b_k * b_y, 1)
+                b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)
+                b_kdk = tl.sum(b_k * b_y, 1)
+                b_all_s -= tl.sum(b_kdk - b_t, 0)
+                # No row sees its own k dk: the last one's, the only undecayed one, would drown the others in the sums.
+                b_kdk = tl.where((o_c + 1 < C) & (o_t + 1 < t_e), b_kdk, 0.0)
+                b_t = (b_all_s + (tl.cumsum(b_kdk, 0) - b_kdk)) * s_y
+                b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
+            else:
+                b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)
+            if PART != PLAIN:
+                tl.store(p_dg + i_w.to(tl.int64) * n_g + i_row + o_c * H, b_t, mask=m_c)
+            store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
+        if DECAY != NO_DECAY:
+            if REVERSE:
+                b_w = (b_w * b_up[:, None]).to(dtype)
+            else:
+                b_w = (b_w * b_down[:, None]).to(dtype)
+            b_s *= b_all
+            b_total += s_hi + s_lo
+        b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision=PRECISION)
+    if FINAL:
+        store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+    if not OUTPUT:
+        if DECAY != NO_DECAY:
+            tl.store(p_gt + i_nh, b_total, mask=i_w == 0)
