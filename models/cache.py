@@ -4,12 +4,17 @@
 layer sees of it during one call, together with the padding of the tokens at hand.
 """
 
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What outputs and `generate` call it: `cache` since transformers 5.24.
+CACHE_NAME = "cache" if any(f.name == "cache" for f in fields(BaseModelOutputWithPast)) else "past_key_values"
 
 
 class LayerState(CacheLayerMixin):
@@ -70,6 +75,18 @@ class StateCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layer(layer_idx).get_seq_length() if layer_idx < len(self.layers) else 0
+
+
+def given_cache(past_key_values: Any, cache: Any, others: dict[str, Any]) -> StateCache | None:
+    """The cache under either of its names; a ValueError if it is of another kind, or came under a third name."""
+    given = {"past_key_values": past_key_values, "cache": cache, **others}
+    found = {name: x for name, x in given.items() if isinstance(x, Cache) or (name not in others and x is not None)}
+    for name, x in found.items():
+        if name in others or not isinstance(x, StateCache):
+            raise ValueError(f"past_key_values (or cache) must be a StateCache, got {name}={type(x).__name__}")
+    if len(found) > 1:
+        raise ValueError("one of past_key_values and cache is needed, got both: they are two names of the same")
+    return next(iter(found.values()), None)
 
 
 class Context:
