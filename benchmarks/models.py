@@ -167,7 +167,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         tasks = [] if args.no_ours else [(name, False) for name in args.models]
         tasks += [(name, True) for name in theirs]
-        for _ in pool.map(lambda task: measure(*task, args, end, turns, rows), tasks):
+        for _ in pool.map(lambda task: measure(task[0], task[1], args, end, turns, rows), tasks):
             pass
     print(table([*rows.rows.values()]))
 

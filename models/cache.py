@@ -78,15 +78,16 @@ class StateCache(Cache):
 
 
 def given_cache(past_key_values: Any, cache: Any, others: dict[str, Any]) -> StateCache | None:
-    """The cache under either of its names; a ValueError if it is of another kind, or came under a third name."""
-    given = {"past_key_values": past_key_values, "cache": cache, **others}
-    found = {name: x for name, x in given.items() if isinstance(x, Cache) or (name not in others and x is not None)}
-    for name, x in found.items():
-        if name in others or not isinstance(x, StateCache):
-            raise ValueError(f"past_key_values (or cache) must be a StateCache, got {name}={type(x).__name__}")
-    if len(found) > 1:
-        raise ValueError("one of past_key_values and cache is needed, got both: they are two names of the same")
-    return next(iter(found.values()), None)
+    """The cache under either of its names; ValueError if it is of another kind, or among the other arguments."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument, got both")
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, StateCache):
+        raise ValueError(f"past_key_values must be a StateCache, got {type(given).__name__}")
+    for name, value in others.items():
+        if isinstance(value, Cache):  # it would be dropped, and the tokens before it with it
+            raise ValueError(f"a cache is given as past_key_values or as cache, got one as {name}")
+    return given
 
 
 class Context:

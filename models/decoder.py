@@ -173,8 +173,8 @@ class DecoderModel(DecoderPreTrainedModel):
         x = getattr(self, self.final_norm_name)(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=(*seen, x) if output_hidden_states else None,
-            **{CACHE_NAME: past_key_values if use_cache else None},
+            hidden_states=(*seen, x) if output_hidden_states else None,  # type: ignore[arg-type]
+            **cast(Any, {CACHE_NAME: past_key_values if use_cache else None}),
         )
 
 
