@@ -150,7 +150,7 @@ def match_recurrences(
         before = 1 + len(scan.body.graph.nodes)
         after = splice(gm, scan, recognised.lowered, outer)
         family = " + ".join(plan.families) or "elementwise"
-        kernels = " + ".join(plan.kernels) or "parallel"
+        kernels = KERNEL if scan.single else " + ".join(plan.kernels) or "parallel"
         equation = "; ".join(EQUATIONS[name] for name in plan.families)
         found.rewrites.append(Rewrite("recurrence", family, equation, kernels, source, before, after))
         found.looped += [stage.why.record("recurrence", source) for stage in plan.generic]

@@ -177,10 +177,9 @@ def test_solved(fn, families, axes, sizes):
 
 
 @pytest.mark.parametrize("fn", [token_shift, window_by_roll_and_assignment, two_layers], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("length", [1, 2])
-def test_lengths_below_that_of_the_window(fn, length):
+def test_a_length_below_that_of_the_window(fn):
     families, axes, sizes = next(c.values[1:] for c in CASES if c.id == fn.__name__)
-    assert_rewritten(fn, operands(axes, t=length, dtype=torch.float64, **sizes), families)
+    assert_rewritten(fn, operands(axes, t=2, dtype=torch.float64, **sizes), families)
 
 
 # Near misses of delays and windows.

@@ -36,6 +36,12 @@ def elementwise(h, x, a):
     return h, h
 
 
+@cases.cell("elementwise", "bkw btk btk kw", w=4)
+def rolling_window(buffer, x, g, w):
+    buffer = torch.cat([buffer[..., 1:], x.unsqueeze(-1)], -1)
+    return g * (buffer * w).sum(-1), buffer
+
+
 @cases.cell("generic", "bk btk btx kx kk", x=5)
 def tanh_cell(h, x, y, W, U):
     h = torch.tanh(y @ W.mT + h @ U)
