@@ -160,6 +160,21 @@ def abc(q, k, v, s):
     return o, K, V
 
 
+@CASES("linear_attention + linear_scan", "bthk bthk bthv bthm", m=3)
+def read_by_what_a_later_state_tells(q, k, v, w):
+    """ABC's normaliser, and the state that it reads, named in the order in which nothing can be solved."""
+    A, B = q.new_zeros(2, 2, 3, v.shape[3]), q.new_zeros(2, 2, q.shape[3], 3)
+    C, o = torch.zeros_like(w[:, 0]), torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        w_t = torch.exp(w[:, t])
+        B = B + k[:, t][..., None] * w_t[:, :, None]
+        A = A + w_t[..., None] * v[:, t][:, :, None]
+        C = C + w_t
+        p = torch.softmax((q[:, t][..., None] * B).sum(-2) / C, -1)
+        o[:, t] = ((p / C)[..., None] * A).sum(-2)
+    return o, A, B, C
+
+
 @CASES("linear_scan + gla", "bthk bthk bthv bthk")
 def a_gate_that_is_itself_a_scan(q, k, v, g):
     S, h, o = bare(q, v), torch.zeros_like(g[:, 0]), torch.zeros_like(v)
