@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-transformers lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -12,6 +12,14 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# The models with another transformers than the pinned one, the newest unless named: TRANSFORMERS='transformers==5.24.0'.
+TRANSFORMERS ?= transformers
+test-transformers: $(VENV)/installed
+	rm -rf build/transformers
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/transformers '$(TRANSFORMERS)'
+	PYTHONPATH=build/transformers $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	PYTHONPATH=build/transformers OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/models
 
 # `kernels`, `passes` and `models` are imported from inside `fla_compile`: mypy is shown them there.
 lint: $(VENV)/installed

@@ -1,198 +1,175 @@
-"""A training step of every model, ours compiled beside fla's own class in eager: tokens/s, peak memory, first step.
+"""A training step of every model, ours compiled beside fla's own class in eager: step time, tokens/s, peak, parity.
 
-    python benchmarks/models.py                                  # small models, one CUDA device
+    python benchmarks/models.py --jobs 12 --total 460            # small models, one CUDA device, 16 CPU cores
     python benchmarks/models.py --size large --models GLA RWKV7  # 24 layers of width 1024
     python benchmarks/models.py --size tiny                      # on the CPU, ours alone, to try the script
 
 A step is forward, loss and backward in bfloat16, without optimiser. Ours is compiled with backend "fla", fullgraph, and
-`strict`, so that nothing unrecognised is measured. Each measurement has a process of its own; fla's model has the
-weights of ours. With `--jobs`, first steps overlap (they are mostly compilation); timed steps never do. Where there is
-no flash_attn, fla's attention layers get torch's causal SDPA in its place; where there is no mamba_ssm, fla's Mamba and
-Samba loop over time, and a note says so.
+`strict`, so that nothing unrecognised is measured; `model_step.py` says how its gradients are checked. Every
+measurement is a process with a time limit: ours of all models first, then fla's, those that compile fast first.
+`--jobs` of them compile side by side; while one is timed, the others are stopped (so first steps are longer than they
+would be alone). Results are written after each, so that a run that is cut off, by `--total` or by hand, still reports.
+
+Where there is no flash_attn, fla's attention layers get torch's causal SDPA in its place; where there is no mamba_ssm,
+fla's Mamba and Samba loop over time. fla has no model, only the layer, of Based and Rebased.
 """
 
 import argparse
 import contextlib
-import fcntl
 import importlib
 import importlib.util
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from common import ROOT, fresh_process, save, table
-from torch import Tensor, nn
+from common import save, table
+from model_step import fields, parser
 
-SIZES = {"tiny": (2, 64, 256), "small": (4, 512, 32000), "large": (24, 1024, 32000)}  # layers, width, vocabulary
-LOCK = "FLA_COMPILE_BENCHMARK_LOCK"
-
-
-def heads(size: str) -> dict[str, dict[str, Any]]:
-    """Every model by name, with the fields besides layers and width that keep its heads 64 to 128 wide."""
-    layers, width, _ = SIZES[size]
-    head = min(128, width // 2)
-    count = width // head
-    window = {"layers": [*range(1, layers, 2)], "num_heads": count, "window_size": 2048}
-    return {
-        "RetNet": {"num_heads": count},
-        "GLA": {},
-        "Based": {},
-        "Rebased": {},
-        "DeltaNet": {"num_heads": count},
-        "ABC": {},
-        "HGRN": {},
-        "HGRN2": {"expand_ratio": head},
-        "RWKV6": {},
-        "RWKV7": {"head_dim": head // 2},
-        "Mamba": {},
-        "Mamba2": {"num_heads": 4 * count, "head_dim": head // 2},
-        "Samba": {"attn": window},
-        "GSA": {"num_heads": count},
-        "GatedDeltaNet": {"num_heads": 6, "head_dim": width // 8},
-        "KDA": {"num_heads": count, "head_dim": head},
-        "Transformer": {"num_heads": count},
-    }
+# fla's models by the time that their first step takes, the shortest first.
+FLA_ORDER = (
+    "HGRN", "Transformer", "GatedDeltaNet", "Mamba2", "DeltaNet", "RetNet", "HGRN2", "RWKV6", "KDA", "GLA", "RWKV7",
+    "ABC", "GSA", "Samba", "Mamba",
+)  # fmt: skip
+LEAST = 15.0  # seconds: less is not worth starting a process
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window_size: Any = (-1, -1)) -> Tensor:
-    """flash_attn's function by torch's SDPA; q, k, v [B, T, H, K]."""
-    if 0 <= window_size[0] < q.shape[1] - 1:
-        raise ValueError(f"a window is only stood in for where it covers all, got {window_size} at T={q.shape[1]}")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+class Turns:
+    """Processes that run side by side, of which one at a time may have the machine for itself."""
 
+    def __init__(self) -> None:
+        self.timing, self.lock, self.running = threading.Lock(), threading.Lock(), set[int]()
 
-def build(args: argparse.Namespace) -> nn.Module:
-    """Our model, or fla's with the same weights."""
-    layers, width, vocabulary = SIZES[args.size]
-    fields = {"num_hidden_layers": layers, "hidden_size": width, "vocab_size": vocabulary, **heads(args.size)[args.one]}
-
-    def create(library: str) -> nn.Module:
-        models = importlib.import_module(library)
-        return getattr(models, f"{args.one}ForCausalLM")(getattr(models, f"{args.one}Config")(**fields))
-
-    torch.manual_seed(0)
-    ours = create("fla_compile.models")
-    if not args.peer:
-        return ours
-    attention: Any = importlib.import_module("fla.layers.attn")
-    if attention.flash_attn_func is None:
-        attention.flash_attn_func = causal_attention
-    if args.no_autotune:
-        sys.path.append(str(ROOT / "tests"))
-        importlib.import_module("support.peers").skip_autotuning()
-    theirs = create("fla.models")
-    theirs.load_state_dict(ours.state_dict())
-    return theirs
-
-
-@contextlib.contextmanager
-def turn(kind: int) -> Iterator[None]:
-    """Wait for the device: shared with other first steps (LOCK_SH), or alone (LOCK_EX)."""
-    path = os.environ.get(LOCK)
-    with open(path, "w") if path else contextlib.nullcontext() as file:
-        if file is not None:
-            fcntl.flock(file, kind)
+    @contextlib.contextmanager
+    def started(self, pid: int) -> Iterator[None]:
+        with self.lock:
+            self.running.add(pid)
         yield
+        with self.lock:
+            self.running.discard(pid)
+
+    @contextlib.contextmanager
+    def alone(self, pid: int) -> Iterator[None]:
+        """Stop all others; what they have begun on the device ends within the steps that warm up."""
+        with self.timing:
+            try:
+                self._signal(pid, signal.SIGSTOP)
+                yield
+            finally:
+                self._signal(pid, signal.SIGCONT)
+
+    def _signal(self, but: int, what: signal.Signals) -> None:
+        with self.lock:
+            for pid in self.running - {but}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, what)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """First step, then the median of the others, of one model in this process."""
-    cuda = args.device == "cuda"
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    model = build(args).to(args.device, torch.bfloat16).train()
-    run = model if args.peer else torch.compile(model, backend="fla", fullgraph=True, options={"strict": True})
-    ids = torch.randint(SIZES[args.size][2], (args.batch, args.length), device=args.device)
+class Table:
+    """One row a model, written to benchmarks/results after each change."""
 
-    def step() -> tuple[float, Tensor]:
-        model.zero_grad(set_to_none=True)
-        wait()
-        start = time.perf_counter()
-        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        wait()
-        return time.perf_counter() - start, loss.detach()
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.lock = args, threading.Lock()
+        self.rows: dict[str, dict[str, Any]] = {name: {"model": name} for name in args.models}
 
-    with turn(fcntl.LOCK_SH):
-        first, loss = step()
-    if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
-        raise RuntimeError("a gradient is not finite")
-    with turn(fcntl.LOCK_EX):
-        for _ in range(2):
-            step()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = sorted(step()[0] for _ in range(args.repeats))
-    row = {"tokens/s": ids.numel() / seconds[len(seconds) // 2], "first step s": first, "loss": loss.item()}
-    return row | ({"peak GiB": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})
+    def add(self, name: str, peer: bool, result: dict[str, Any]) -> None:
+        with self.lock:
+            row = self.rows[name]
+            row.update({f"fla {key}" if peer else key: value for key, value in result.items()})
+            if "step ms" in row and "fla step ms" in row:
+                row["faster by"] = row["fla step ms"] / row["step ms"]
+            print(f"{'fla ' * peer}{name}: {result}", flush=True)
+            self.save()
+
+    def save(self) -> None:
+        args = self.args
+        if args.size != "tiny":  # a try of the script is no measurement
+            section = f"{args.size}, B={args.batch}, T={args.length}"
+            save("models", args.device, section, [*self.rows.values()], vars(args))
 
 
-def compare(name: str, peers: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """One row: ours and, if there is one, fla's, each in its own process. A failure is a result."""
-    row: dict[str, Any] = {"model": name}
-    passed = ["--size", args.size, "--device", args.device, "--batch", str(args.batch), "--length", str(args.length)]
-    passed += ["--repeats", str(args.repeats), *(["--no-autotune"] if args.no_autotune else [])]
-    for label, own in (("", []), *([("fla ", ["--peer"])] if peers else [])):
-        try:
-            result = fresh_process(__file__, ["--one", name, *passed, *own], limit=args.limit)
-        except RuntimeError as error:
-            lines = str(error).strip().splitlines()
+def measure(name: str, peer: bool, args: argparse.Namespace, end: float, turns: Turns, rows: Table) -> None:
+    """One process; a failure and running out of time are results."""
+    limit = min(args.fla_limit if peer else args.limit, end - time.monotonic())
+    if limit < LEAST:
+        rows.add(name, peer, {"error": "no time left to start"})
+        return
+    passed = [f"--{key}={getattr(args, key.replace('-', '_'))}" for key in PASSED]
+    passed += ["--no-autotune"] * args.no_autotune + ["--peer"] * peer
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    env.setdefault("OMP_NUM_THREADS", str(threads))
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("model_step.py")), name, "--wait", *passed],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, start_new_session=True,
+        )  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        over = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+        over.start()
+        with turns.started(process.pid):
+            for line in process.stdout:
+                if line.startswith("{"):
+                    rows.add(name, peer, json.loads(line))
+                elif line == "READY\n":
+                    with turns.alone(process.pid), contextlib.suppress(BrokenPipeError):
+                        process.stdin.write("go\n")
+                        process.stdin.flush()
+                        timed = process.stdout.readline()
+                    if timed:
+                        rows.add(name, peer, json.loads(timed))
+            process.wait()
+        over.cancel()
+        if process.returncode:
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or ["it ended without a word"]
             told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Unsupported)\b", line)]
-            result = {"error": (told or lines)[-1][:300]}
-        row.update({f"{label}{key}": x for key, x in (result or {"error": f"past {args.limit:.0f} s"}).items()})
-    if peers and name in ("Mamba", "Samba") and importlib.util.find_spec("mamba_ssm") is None:
-        row["fla note"] = "a Python loop, for want of mamba_ssm"
-    if "tokens/s" in row and "fla tokens/s" in row:
-        row["faster by"] = row["tokens/s"] / row["fla tokens/s"]
-    print(row, flush=True)
-    return row
+            killed = process.returncode == -signal.SIGKILL
+            rows.add(name, peer, {"error": f"past {limit:.0f} s" if killed else (told or lines)[-1][:300]})
+
+
+PASSED = ("size", "batch", "length", "eager-length", "repeats", "device")
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.add_argument("--size", choices=list(SIZES), default="small")
-    p.add_argument("--models", nargs="+", choices=list(heads("small")), default=list(heads("small")))
-    p.add_argument("--batch", type=int, help="sequences in a step (default: 8, tiny 2)")
-    p.add_argument("--length", type=int, help="T (default: 2048, tiny 64)")
-    p.add_argument("--repeats", type=int, default=7, help="timed steps, of which the median counts")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda, tiny cpu")
-    p.add_argument("--jobs", type=int, default=1, help="processes at once; their timed steps still run one by one")
-    p.add_argument("--limit", type=float, default=400.0, help="seconds after which a measurement is given up")
+    p = parser()
+    p.description = __doc__.split("\n")[0]
+    p.add_argument("--models", nargs="+", choices=list(fields("small")), default=list(fields("small")))
+    p.add_argument("--jobs", type=int, default=1, help="processes that compile side by side")
+    p.add_argument("--limit", type=float, default=300.0, help="seconds for each of ours")
+    p.add_argument("--fla-limit", type=float, default=400.0, help="seconds for each of fla's")
+    p.add_argument("--total", type=float, default=3600.0, help="seconds for all")
     p.add_argument("--no-peer", action="store_true", help="ours alone")
-    p.add_argument("--no-autotune", action="store_true", help="fla's kernels in their first configuration that runs")
-    p.add_argument("--one", help=argparse.SUPPRESS)
-    p.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--no-ours", action="store_true", help="fla's alone")
     args = p.parse_args()
-    tiny = args.size == "tiny"
-    args.batch, args.length = args.batch or (2 if tiny else 8), args.length or (64 if tiny else 2048)
-    args.device = args.device or ("cpu" if tiny else "cuda")
+    if args.size == "tiny":
+        args.device, args.batch, args.length, args.eager_length = "cpu", 2, 64, 32
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("a CUDA device is needed, and torch sees none; --size tiny runs on the CPU")
-    if args.one:
-        warnings.filterwarnings("ignore")
-        print(json.dumps(measure(args)))
-        return
 
+    end = time.monotonic() + args.total
     known = importlib.import_module("fla.models") if args.device == "cuda" and not args.no_peer else None
-    rows: list[dict[str, Any]] = []
-    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
-        os.environ[LOCK] = lock.name
-        for row in pool.map(lambda name: compare(name, hasattr(known, f"{name}Config"), args), args.models):
-            rows.append(row)
-            if not tiny:  # a try of the script is no measurement
-                save("models", args.device, f"{args.size}, B={args.batch}, T={args.length}", rows, vars(args))
-    print(table(rows))
+    theirs = [name for name in FLA_ORDER if name in args.models and hasattr(known, f"{name}Config")]
+    rows, turns = Table(args), Turns()
+    if importlib.util.find_spec("mamba_ssm") is None:
+        for name in {"Mamba", "Samba"} & {*theirs}:
+            rows.rows[name]["fla note"] = "a Python loop, for want of mamba_ssm"
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tasks = [] if args.no_ours else [(name, False) for name in args.models]
+        tasks += [(name, True) for name in theirs]
+        for _ in pool.map(lambda task: measure(task[0], task[1], args, end, turns, rows), tasks):
+            pass
+    print(table([*rows.rows.values()]))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ def new_model(args: argparse.Namespace) -> PreTrainedModel:
     if args.checkpoint is not None:
         return AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(args.device).eval()
     torch.manual_seed(args.seed)
+    heads = {} if args.heads is None else {"num_heads": args.heads}
     config = getattr(fla_compile.models, f"{args.model}Config")(
-        hidden_size=args.dim, num_hidden_layers=args.layers, num_heads=args.heads, vocab_size=256, eos_token_id=None
+        hidden_size=args.dim, num_hidden_layers=args.layers, vocab_size=256, eos_token_id=None, **heads
     )
     model = getattr(fla_compile.models, f"{args.model}ForCausalLM")(config)
     return model.to(device=args.device, dtype=dtype).eval()
@@ -74,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     p.add_argument("--dim", type=int, default=256, help="width of a new model")
     p.add_argument("--layers", type=int, default=4, help="blocks of a new model")
-    p.add_argument("--heads", type=int, default=4, help="heads of a new model")
+    p.add_argument("--heads", type=int, help="heads of a new model; default: the model's own")
     p.add_argument("--batch", type=int, default=1, help="sequences at a time")
     p.add_argument("--prompt", type=int, default=256, help="random prompt tokens a sequence")
     p.add_argument("--text", help="a prompt of bytes instead; the continuation is printed")

@@ -1,7 +1,7 @@
 """Train a small hybrid, linear layers and one of softmax attention, on Python's own standard library.
 
     python examples/hybrid.py                            # CPU, a few minutes
-    python examples/hybrid.py --model RetNet --attention 1 3 --window 128 --device cuda --batch 32 --steps 1000
+    python examples/hybrid.py --model RetNet --layers 4 --attention 1 3 --window 128 --device cuda --steps 500
 
 `config.attn` puts attention into any model of `fla_compile.models`. The whole model is compiled as one graph; `explain`
 shows what its loops became. The trained model is saved as a Hugging Face folder and loaded again to generate.

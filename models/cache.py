@@ -4,12 +4,17 @@
 layer sees of it during one call, together with the padding of the tokens at hand.
 """
 
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What outputs and `generate` call it: `cache` since transformers 5.24.
+CACHE_NAME = "cache" if any(f.name == "cache" for f in fields(BaseModelOutputWithPast)) else "past_key_values"
 
 
 class LayerState(CacheLayerMixin):
@@ -70,6 +75,19 @@ class StateCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layer(layer_idx).get_seq_length() if layer_idx < len(self.layers) else 0
+
+
+def given_cache(past_key_values: Any, cache: Any, others: dict[str, Any]) -> StateCache | None:
+    """The cache under either of its names; ValueError if it is of another kind, or among the other arguments."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument, got both")
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, StateCache):
+        raise ValueError(f"past_key_values must be a StateCache, got {type(given).__name__}")
+    for name, value in others.items():
+        if isinstance(value, Cache):  # it would be dropped, and the tokens before it with it
+            raise ValueError(f"a cache is given as past_key_values or as cache, got one as {name}")
+    return given
 
 
 class Context:

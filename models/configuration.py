@@ -29,7 +29,7 @@ def normalise_attention(attn: dict | list | None, num_hidden_layers: int) -> dic
 class LinearAttentionConfig(PreTrainedConfig):
     """Base of all configs. `fuse_*` and `attn_mode` pick kernels in fla; here only parameter names depend on them."""
 
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     attn_mode: str = "chunk"
     hidden_size: int = 2048

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from fla_compile.models.attention import Attention
-from fla_compile.models.cache import StateCache
+from fla_compile.models.cache import CACHE_NAME, StateCache, given_cache
 from fla_compile.models.configuration import LinearAttentionConfig
 from fla_compile.models.layers import GatedMLP, RMSNorm, widen
 from fla_compile.models.mixer import TokenMixer
@@ -90,7 +90,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     final_norm_name: ClassVar[str] = "norm"
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _input_embed_layer = "embeddings"
     _is_stateful = True
     _supports_sdpa = True
@@ -134,9 +134,13 @@ class DecoderModel(DecoderPreTrainedModel):
         past_key_values: StateCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, T or more], 1 at real tokens."""
+        """input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, T or more], 1 at real tokens.
+
+        `cache` is another name of `past_key_values`, the one that transformers uses since 5.24.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         if use_cache is None:
@@ -147,10 +151,11 @@ class DecoderModel(DecoderPreTrainedModel):
             attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be [B, T], got the shape {tuple(attention_mask.shape)}")
-        if past_key_values is None and use_cache and not (self.gradient_checkpointing and self.training):
+        past_key_values = given_cache(past_key_values, cache, kwargs)
+        if self.gradient_checkpointing and self.training:
+            past_key_values = None  # the backward runs layers again: they would move it on twice
+        elif past_key_values is None and use_cache:
             past_key_values = StateCache(self.config.num_hidden_layers)
-        if past_key_values is not None and not isinstance(past_key_values, StateCache):
-            raise ValueError(f"past_key_values must be a StateCache, got {type(past_key_values).__name__}")
 
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         carried = self.first_carried()
@@ -168,8 +173,8 @@ class DecoderModel(DecoderPreTrainedModel):
         x = getattr(self, self.final_norm_name)(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*seen, x) if output_hidden_states else None,
+            hidden_states=(*seen, x) if output_hidden_states else None,  # type: ignore[arg-type]
+            **cast(Any, {CACHE_NAME: past_key_values if use_cache else None}),
         )
 
 
@@ -212,6 +217,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocabulary], or the last `logits_to_keep`, and the loss of `labels` [B, T], shifted inside."""
@@ -222,6 +228,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -235,7 +242,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
                 pull = logits.amax(-1).square().sum() * (0.5e-4 / logits[..., 0].numel())
                 loss = loss + (pull - pull.detach())
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
         )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -243,10 +250,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> None:
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation must be None, got {generation_config.cache_implementation!r}")
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
+        if model_kwargs.get(CACHE_NAME) is not None:
+            model_kwargs[CACHE_NAME]._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = StateCache(self.config.num_hidden_layers)
+            model_kwargs[CACHE_NAME] = StateCache(self.config.num_hidden_layers)
 
 
 def define(

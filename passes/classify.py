@@ -2,7 +2,8 @@
 
 A group of states is a delay, a matrix-valued recurrence of a known family, an elementwise scan, a selective scan, or
 none of these: then it runs as the loop that it is, and only what needs the state stays in it. Once a group is solved
-its read-outs are known for all time, and the next group may use them (ABC, GSA, stacked cells).
+its read-outs are known for all time, and the next group may use them (ABC, GSA, stacked cells). A state may be read by
+what only another state tells (ABC's normaliser): of the groups that could be next, the first that needs no loop is.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from torch import fx
 
 from fla_compile.passes.families import Prover, recurrence
-from fla_compile.passes.fission import delay_of, groups
+from fla_compile.passes.fission import delay_of, ready
 from fla_compile.passes.generic import generic
 from fla_compile.passes.normal_form import Factor, NoNormalForm
 from fla_compile.passes.normalise import focus
@@ -40,18 +41,32 @@ def classify(step: Step, prove: Prover, kernel: KernelOf, looped: Refused | None
     stages: list[Stage] = []
     kernels: dict[str, None] = {}
     solved = step.idle
-    for group in groups(step):
-        focus(step, group, solved)
-        found = [generic(step, group, looped)] if looped else stages_of(step, group, prove)
-        try:
-            kernels.update(dict.fromkeys(kernel(step, stage) for stage in found if family_of(stage)))
-        except Refused as why:
-            found = [generic(step, group, why)]
-            kernels[kernel(step, found[0])] = None
+    while groups := ready(step, solved):
+        for group in groups:
+            found, names = solve(step, group, solved, prove, kernel, looped)
+            if len(groups) == 1 or not any(isinstance(stage, Generic) for stage in found):
+                break
+        else:
+            group = groups[0]
+            found, names = solve(step, group, solved, prove, kernel, looped)
         stages += found
+        kernels.update(dict.fromkeys(names))
         solved |= group
         step.known.update(node for stage in found for node in read_nodes(stage))
     return Plan(tuple(stages), tuple(kernels))
+
+
+def solve(
+    step: Step, group: frozenset[int], solved: frozenset[int], prove: Prover, kernel: KernelOf, looped: Refused | None
+) -> tuple[list[Stage], list[str]]:
+    """What a group is, once the states in `solved` are known, and the names of the kernels that run it."""
+    focus(step, group, solved)
+    found: list[Stage] = [generic(step, group, looped)] if looped else stages_of(step, group, prove)
+    try:
+        return found, [kernel(step, stage) for stage in found if family_of(stage)]
+    except Refused as why:
+        found = [generic(step, group, why)]
+        return found, [kernel(step, found[0])]
 
 
 def read_nodes(stage: Stage) -> tuple[fx.Node, ...]:

@@ -10,7 +10,6 @@ along and takes in one new row is a *window* (the buffer of a convolution). Both
 nothing. Legal because a group is solved only when everything it reads at step t is known for all t.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +46,35 @@ class _Row:
     index: int | None
 
 
-def groups(step: Step) -> Iterator[frozenset[int]]:
-    """The changing states in an order in which they can be solved; those that need each other come together."""
+def ready(step: Step, solved: frozenset[int]) -> list[frozenset[int]]:
+    """The groups of changing states that can be solved next, as what they need of others is in `solved`.
+
+    Those whose state meets what is still unknown, a query computed from another state say, come last.
+    """
     changing = [i for i in range(len(step.carries)) if i not in step.idle]
-    direct = {i: step.depends[step.next_carries[i]] for i in changing}
-    needs = dict(direct)
+    needs = {i: step.depends[step.next_carries[i]] for i in changing}
     for _ in changing:
         needs = {i: needs[i].union(*(needs[j] for j in needs[i])) for i in changing}
-    done: frozenset[int] = frozenset()
-    while len(done) < len(changing):
-        for i in changing:
-            group = frozenset({i}) | {j for j in needs[i] if i in needs[j]}
-            if i not in done and needs[i] <= done | group:
-                yield group
-                done |= group
-                break
+    found: dict[frozenset[int], None] = {}
+    for i in changing:
+        group = frozenset({i}) | {j for j in needs[i] if i in needs[j]}
+        if i not in solved and needs[i] <= solved | group:
+            found[group] = None
+    return sorted(found, key=lambda group: waits(step, group, frozenset(changing) - solved - group))
+
+
+def waits(step: Step, group: frozenset[int], unknown: frozenset[int]) -> bool:
+    """Whether an operation takes a state of the group, or a view of one, beside what depends on unknown states."""
+    todo = [step.carries[i] for i in group] + [original(step.next_carries[i]) for i in group]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            inputs = user.all_input_nodes if user.op != "output" else []
+            if any(step.depends[n] & unknown for n in inputs if n is not node):
+                return True
+            if len(inputs) == 1:
+                todo.append(user)
+    return False
 
 
 def delay_of(step: Step, group: frozenset[int]) -> Delay | Window | None:

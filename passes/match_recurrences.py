@@ -1,7 +1,8 @@
 """Find the time loops of a graph and run each as a kernel.
 
 Before: `scan(body, states, reads, invariants)` nodes, from lifted loops or written by the user.
-After: for each loop that is a recurrence of a known family, the nodes of `lower_recurrence` in its place.
+After: for each loop that is a recurrence of a known family, the nodes of `lower_recurrence` in its place; for a loop
+of one step, the step.
 Refused: everything that `normalise`, `classify` or `validate` refuses, with the reason and the user's line; the graph
 then keeps its scan, and the caller decides what becomes of it.
 """
@@ -16,6 +17,7 @@ from fla_compile.passes.autocast import entered, regions_at
 from fla_compile.passes.classify import KernelOf, classify
 from fla_compile.passes.log_decay import Log, constant_value, op_name
 from fla_compile.passes.lower import Lowered, lower
+from fla_compile.passes.lower_step import KERNEL, lower_step
 from fla_compile.passes.normalise import normalise, trace_step
 from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.proofs import log_of_outer, prover
@@ -23,7 +25,7 @@ from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.recurrence import EQUATIONS, Plan
 from fla_compile.passes.scans import Scan, check_memory, identities, inner_scans, scan_nodes, signature, take_apart
 from fla_compile.passes.splice import splice
-from fla_compile.passes.validate import Claim, validate
+from fla_compile.passes.validate import STEPS, Claim, validate
 
 log = logging.getLogger("fla_compile")
 
@@ -77,8 +79,8 @@ def check(scan: Scan, lowered: Lowered) -> None:
     def pure() -> fx.GraphModule:
         return trace_step(scan.body, entered(regions_at(scan.node)))
 
-    states, reads = len(scan.init), len(scan.reads)
-    validate(Claim(scan.body, lowered.module, fakes, states, reads, lowered.logs, fixed, scan.zero_init, pure))
+    states, reads, steps = len(scan.init), len(scan.reads), 1 if scan.single else STEPS
+    validate(Claim(scan.body, lowered.module, fakes, states, reads, lowered.logs, fixed, scan.zero_init, pure, steps))
 
 
 def recognise(
@@ -116,9 +118,9 @@ def understood(
             )
     step = normalise(scan.body, len(scan.init), len(scan.reads), entered(regions_at(scan.node)), identities(scan))
     prove, outer = prover(step, scan)
-    plan = classify(step, prove, kernel, looped)
+    plan = classify(step, prove, (lambda *_: KERNEL) if scan.single else kernel, looped)
     try:
-        lowered = lower(step, plan, scan.zero_init, sorted(outer))
+        lowered = lower_step(step) if scan.single else lower(step, plan, scan.zero_init, sorted(outer))
     except Refused:
         raise
     except Exception as error:
@@ -148,7 +150,7 @@ def match_recurrences(
         before = 1 + len(scan.body.graph.nodes)
         after = splice(gm, scan, recognised.lowered, outer)
         family = " + ".join(plan.families) or "elementwise"
-        kernels = " + ".join(plan.kernels) or "parallel"
+        kernels = KERNEL if scan.single else " + ".join(plan.kernels) or "parallel"
         equation = "; ".join(EQUATIONS[name] for name in plan.families)
         found.rewrites.append(Rewrite("recurrence", family, equation, kernels, source, before, after))
         found.looped += [stage.why.record("recurrence", source) for stage in plan.generic]

@@ -31,6 +31,12 @@ class Scan:
         return (*self.init, *self.reads, *self.invariants)
 
     @property
+    def single(self) -> bool:
+        """Whether it is known to take exactly one step."""
+        length = self.reads[0].meta["example_value"].shape[0] if self.reads else None
+        return isinstance(length, int) and length == 1
+
+    @property
     def place(self) -> tuple[str, int] | None:
         return source_of(self.node)
 
@@ -105,7 +111,7 @@ def needs_gradient(operand: Any) -> bool:
 def signature(scan: Scan) -> tuple | None:
     """Equal for scans that compute the same from equal operands; None where the body holds more than operations."""
     place: dict[fx.Node, int] = {}
-    parts: list[Any] = [scan.zero_init, repr(regions_at(scan.node))]
+    parts: list[Any] = [scan.zero_init, scan.single, repr(regions_at(scan.node))]
     for node in scan.body.graph.nodes:
         if node.op in ("get_attr", "call_module"):
             return None

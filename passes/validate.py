@@ -63,11 +63,11 @@ def random_like(fake: Any, lead: tuple[int, ...], generator: torch.Generator, wi
     return data.to(fake.device, torch.float64 if wide else fake.dtype)
 
 
-def looped(body: fx.GraphModule, carries: int, reads: int) -> Callable[..., list[torch.Tensor]]:
+def looped(body: fx.GraphModule, carries: int, reads: int, steps: int) -> Callable[..., list[torch.Tensor]]:
     def run(*operands: Any) -> list[torch.Tensor]:
         state, xs = list(operands[:carries]), operands[carries : carries + reads]
         invariants, outputs = operands[carries + reads :], []
-        for t in range(STEPS):
+        for t in range(steps):
             result = body(*state, *(x[t] for x in xs), *invariants)
             state = list(result[:carries])
             outputs.append(result[carries:])
@@ -100,7 +100,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Claim:
-    """`module(*operands, *logs)` does what STEPS calls of `body` do.
+    """`module(*operands, *logs)` does what `steps` calls of `body` do.
 
     `fakes` are the body's operands: `carries` states, `reads` slices, invariants. `logs` are operands that the module
     also gets as logarithms, `fixed` operands with known values, `zero_init` says which states start at zero. `pure` is
@@ -116,13 +116,14 @@ class Claim:
     fixed: Mapping[int, torch.Tensor]
     zero_init: Sequence[bool]
     pure: Callable[[], fx.GraphModule] | None = None
+    steps: int = STEPS
 
     def largest_error(self, wide: bool, positive: bool) -> tuple[str, float] | None:
         """The worst of values and gradients, in float64 or in the program's own types; None if not finite."""
         generator = torch.Generator().manual_seed(0)
         before_in: list[Any] = []
         for i, fake in enumerate(self.fakes):
-            lead = (STEPS,) if self.carries <= i < self.carries + self.reads else ()
+            lead = (self.steps,) if self.carries <= i < self.carries + self.reads else ()
             value = random_like(fake, lead, generator, wide, positive)
             if i in self.fixed:
                 value = self.fixed[i].to(value.dtype)
@@ -140,7 +141,7 @@ class Claim:
                 before_in[i] = logs[-1].exp()
         after_in = list(before_in)
         body, module = (in_float64(self.body), in_float64(self.module)) if wide else (self.body, self.module)
-        before = looped(body, self.carries, self.reads)(*before_in)
+        before = looped(body, self.carries, self.reads, self.steps)(*before_in)
         if not all(torch.isfinite(x).all() for x in before if x.dtype.is_floating_point):
             return None
         after = list(module(*after_in, *logs))
@@ -151,7 +152,8 @@ class Claim:
         except RuntimeError as refused:
             if self.pure is None or "modified by an inplace operation" not in str(refused):
                 raise
-            pure = looped(in_float64(self.pure()) if wide else self.pure(), self.carries, self.reads)(*before_in)
+            pure_body = in_float64(self.pure()) if wide else self.pure()
+            pure = looped(pure_body, self.carries, self.reads, self.steps)(*before_in)
             pairs += [("value", error(a, b)) for a, b in zip(pure, before, strict=True)]
             true_slopes = gradients(pure, wanted)
         slopes = zip(gradients(after, wanted), true_slopes, strict=True)

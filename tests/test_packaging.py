@@ -127,6 +127,27 @@ def test_from_the_repository_root_without_the_other_kernels_transformers_works()
     python("import fla_compile.kernels; from transformers import PreTrainedModel", cwd=ROOT)
 
 
+def test_a_checkout_uses_its_own_folders_where_another_is_installed(tmp_path):
+    """An editable install of another checkout finds `fla_compile.passes` too, and stands first."""
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Installed:
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [{str(tmp_path)!r}]) if name.startswith("fla_compile.") else None
+
+sys.meta_path.append(Installed)
+from importlib.util import find_spec
+print(*(find_spec("fla_compile." + folder).origin for folder in ("passes", "models")), sep="\\n")
+"""
+    for folder in ("passes", "models"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    files = python(code, cwd=tmp_path, path=ROOT).splitlines()
+    assert files == [str(ROOT / folder / "__init__.py") for folder in ("passes", "models")]
+
+
 COMPILE = '''
 """What a user runs with the wheel installed: nothing here imports fla_compile."""
 import sys

@@ -66,22 +66,42 @@ def test_one_compilation_trains_every_length(case: Case) -> None:
     assert graphs() == 1
 
 
-@pytest.mark.slow
-@every_model
 @torch.no_grad()
-def test_one_compilation_reads_prompts_of_every_length_and_one_writes(case: Case) -> None:
-    model = case.new_model().eval()
+def assert_two_graphs_generate(case: Case, device: str) -> None:
+    model = case.new_model().eval().to(device)
     run = torch.compile(model, backend="fla", fullgraph=True, dynamic=True)
     for length in (17, 40, 70):
-        ids = tokens(2, length, seed=length)
+        ids = tokens(2, length, seed=length).to(device)
         ours, eager = run(ids, use_cache=True), model(ids, use_cache=True)
         assert (ours.logits - eager.logits).abs().max() <= 1e-4 * eager.logits.abs().max()
     assert graphs() == 1
     for i in range(4):
-        ids = tokens(2, 1, seed=i)
+        ids = tokens(2, 1, seed=i).to(device)
         ours, eager = (
             f(ids, past_key_values=out.past_key_values, use_cache=True) for f, out in ((run, ours), (model, eager))
         )
         assert (ours.logits - eager.logits).abs().max() <= 1e-4 * eager.logits.abs().max()
     assert graphs() == 2
     assert ours.past_key_values.get_seq_length() == 74
+
+
+@pytest.mark.slow
+@every_model
+def test_one_compilation_reads_prompts_of_every_length_and_one_writes(case: Case) -> None:
+    assert_two_graphs_generate(case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in MODELS if str(case) in ("GLA", "KDA", "Mamba2")], ids=str)
+def test_prompts_and_tokens_on_a_gpu(case: Case) -> None:
+    assert_two_graphs_generate(case, "cuda")
+
+
+@torch.no_grad()
+def test_a_token_is_a_step_without_a_kernel() -> None:
+    case = MODELS[1]
+    model, ids = case.new_model(num_hidden_layers=1).eval(), tokens(2, 6)
+    cache = model(ids, use_cache=True).past_key_values
+    report = fla_compile.explain(model, ids[:, :1], past_key_values=cache, use_cache=True)
+    assert [rewrite.kernel for rewrite in report.rewrites] == ["step (Inductor)"]
+    assert "torch.ops.fla_compile" not in report.graph("after")

@@ -46,6 +46,15 @@ def test_the_cache_continues_a_sequence_wherever_it_is_cut(case: Case) -> None:
     close(by_chunks(model, ids, (5, 6, 7)), model(ids).logits)
 
 
+@one_of_each
+@torch.no_grad()
+def test_the_cache_may_be_given_under_its_newer_name(case: Case) -> None:
+    model, ids = case.new_model().eval(), tokens(2, 5)
+    cache = StateCache()
+    pieces = [model(piece, cache=cache, use_cache=True).logits for piece in ids.split([3, 2], 1)]
+    close(torch.cat(pieces, 1), model(ids).logits)
+
+
 @every_model
 @torch.no_grad()
 def test_padding_anywhere_changes_nothing(case: Case) -> None:
@@ -138,5 +147,9 @@ def test_what_would_be_mixed_up_is_refused(case: Case) -> None:
         model(ids, position_ids=torch.zeros_like(ids))
     with pytest.raises(ValueError, match="StateCache"):
         model(ids, past_key_values=object())
+    with pytest.raises(ValueError, match="mems"):
+        model(ids, mems=StateCache())
+    with pytest.raises(ValueError, match="got both"):
+        model(ids, past_key_values=StateCache(), cache=StateCache())
     with pytest.raises(ValueError, match="attention_mask"):
         model(ids, attention_mask=torch.ones(1, 1, 4, 4))

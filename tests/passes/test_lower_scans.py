@@ -198,7 +198,7 @@ def case(name):
 
 
 @pytest.mark.parametrize("name", ["hgrn", "decay_of_unknown_sign", "mamba", "a_matrix_kept_at_every_step"])
-@pytest.mark.parametrize("length", [1, 70])
+@pytest.mark.parametrize("length", [2, 70])
 def test_lengths(name, length):
     fn, families, axes, sizes = case(name)
     args = [x * 0.3 for x in operands(axes, t=length, **sizes)]

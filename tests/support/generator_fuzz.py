@@ -1,5 +1,9 @@
-"""Check many generated programs, in several processes, and say what became of them."""
+"""Check many generated programs, in several processes, and say what became of them.
 
+`python tests/support/generator_fuzz.py --first 5000 --count 5000` does a part of what `pytest -m fuzz` does.
+"""
+
+import argparse
 import multiprocessing
 import os
 import random
@@ -38,7 +42,8 @@ class Tally:
     def __str__(self) -> str:
         lines = [
             f"{self.programs} programs: {100 * self.recognised:.2f} % of {self.legal} legal ones recognised, "
-            f"{len(self.wrong)} wrong, {len(self.unplaced)} with a refusal without a line"
+            f"{self.programs - self.legal} near misses, {len(self.wrong)} wrong, "
+            f"{len(self.unplaced)} with a refusal without a line"
         ]
         for name in ("wrong", "unplaced", "missed"):
             lines += [f"  {name}, seed {number}: {why}" for number, why in getattr(self, name)]
@@ -68,11 +73,29 @@ def check_seeds(first: int, count: int) -> Tally:
     return tally
 
 
-def check_many(count: int, chunk: int = 100, processes: int = os.cpu_count() or 1) -> Iterator[Tally]:
+def check_many(count: int, chunk: int = 100, processes: int = os.cpu_count() or 1, first: int = 0) -> Iterator[Tally]:
     """Yield what is known after each chunk; a new process for each, as compiled code is never wholly given back."""
     total = Tally()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for tally in pool.map(check_seeds, range(0, count, chunk), [chunk] * (count // chunk)):
+        starts = range(first, first + count, chunk)
+        for tally in pool.map(check_seeds, starts, [min(chunk, first + count - start) for start in starts]):
             total.add(tally)
             yield total
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description="Check many generated programs.")
+    p.add_argument("--first", type=int, default=0, help="first seed")
+    p.add_argument("--count", type=int, default=10_000, help="programs")
+    p.add_argument("--chunk", type=int, default=100, help="programs of one process")
+    p.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time")
+    args = p.parse_args()
+    for tally in check_many(args.count, args.chunk, args.processes, args.first):
+        print(str(tally).splitlines()[0], flush=True)
+    print(tally)
+    return bool(tally.wrong or tally.unplaced)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
