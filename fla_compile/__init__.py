@@ -23,7 +23,8 @@ class _Checkout:
 
 
 if (_Checkout.root / "pyproject.toml").is_file() and (_Checkout.root / "passes").is_dir():
-    sys.meta_path.append(_Checkout)  # type: ignore[arg-type]
+    # First, or the finder of an editable install of another checkout would mix its folders with these.
+    sys.meta_path.insert(0, _Checkout)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from fla_compile.backend import RefusedError
