@@ -6,7 +6,8 @@ With M the mean over rows of D elements, R = (M(u^2) + eps)^(-1/2), or (M(u^2) -
 
 A is sigmoid(g) or g sigmoid(g) and u one tensor x; or A is 1 and u is x sigmoid(g) or x g sigmoid(g), the gate first.
 w and b are polynomials of weights, which do not change from row to row; constant factors of whatever origin, such as
-the sqrt(D) of a norm that sums instead of averaging, belong to w.
+the sqrt(D) of a norm that sums instead of averaging, belong to w. Where w is but such a factor this is an l2norm, and
+without weights neither that nor the norm of silu(x) is worth a kernel: Inductor has one for them already.
 """
 
 from collections.abc import Mapping
@@ -99,6 +100,8 @@ def read(value: Poly) -> Reading | None:
     if found is None or root.eps < 0:
         return None
     x, g, silu, gate_first = found
+    if weight.number not in (None, 1) or (x is g and weight.number is not None):
+        return None
     return Reading(
         x,
         g,

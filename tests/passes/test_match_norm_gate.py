@@ -70,11 +70,6 @@ def vector_norm(x, g, w, b):
 
 
 @spelling(RMS_SIGMOID)
-def l2norm(x, g, w, b):
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) * torch.sigmoid(g)
-
-
-@spelling(RMS_SIGMOID)
 def gemma(x, g, w, b):
     return F.rms_norm(x, (D,), eps=1e-5) * (1 + w) * torch.sigmoid(g)
 

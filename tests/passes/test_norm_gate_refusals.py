@@ -141,6 +141,17 @@ def statistic_without_gradient(x, g, w, b):
 
 
 @miss
+def l2norm(x, g, w, b):
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) * torch.sigmoid(g)
+
+
+@miss
+def l2norm_of_an_activation(x, g, w, b):
+    y = F.silu(x)
+    return y * torch.rsqrt((y * y).sum(-1, keepdim=True) + 1e-6)
+
+
+@miss
 def clamped(x, g, w, b):
     return F.normalize(x, dim=-1) * F.silu(g)
 
