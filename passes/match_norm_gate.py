@@ -12,7 +12,6 @@ none of this and are left alone without a word.
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,10 +19,10 @@ from torch import fx
 from fla_compile.passes.autocast import active, regions_at
 from fla_compile.passes.log_decay import op_name
 from fla_compile.passes.memory import _writes, memory
+from fla_compile.passes.norm_gate_check import check
 from fla_compile.passes.norm_gate_emit import emit, plan
 from fla_compile.passes.norm_gate_search import Search
 from fla_compile.passes.norm_gate_uses import Match, between, check_uses
-from fla_compile.passes.parallel_check import check
 from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.scans import needs_gradient
@@ -115,15 +114,6 @@ def programs_of(gm: fx.GraphModule, match: Match) -> list[fx.GraphModule]:
     return programs
 
 
-def rows_axis(match: Match) -> Any:
-    """The size of the axis of rows that may be shortened for the check: no other axis has it."""
-    shapes = [tuple(value.shape) for n in (*match.inputs, *match.interior) if (value := tensor_of(n)) is not None]
-    lead = tensor_of(match.emission.x).shape[:-1]
-    trailing = {size for shape in shapes for size in shape[-1:]} | {match.reading.width}
-    alone = [size for size in lead if not isinstance(size, int) or size not in trailing]
-    return max(alone, key=lambda size: size if isinstance(size, int) else 1 << 40, default=1)
-
-
 def fingerprint(match: Match) -> str:
     """Equal for patterns that are the same program, such as the layers of a model."""
     names = {node: f"n{i}" for i, node in enumerate(dict.fromkeys((*match.inputs, *match.interior)))}
@@ -184,7 +174,7 @@ def match_norm_gate(gm: fx.GraphModule, *, validated: bool = True, kernel: bool 
             program = fingerprint(match)
             if validated and program not in passed:
                 start = time.perf_counter()
-                check(*programs_of(gm, match), match.inputs, {}, rows_axis(match))
+                check(*programs_of(gm, match), match)
                 passed.add(program)
                 found.validation_seconds += time.perf_counter() - start
         except Refused as refused:
