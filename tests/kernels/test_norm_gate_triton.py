@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
-from norm_gate_cases import CASES, make_inputs, naive_results, results  # noqa: E402
+from norm_gate_cases import CASES, Case, make_inputs, naive_results, results  # noqa: E402
 
 from fla_compile.kernels import norm_gate_triton  # noqa: E402
 from fla_compile.kernels.norm_gate_configs import Config, all_configs, config_for  # noqa: E402
@@ -149,6 +149,70 @@ def test_compiles(arch, width, nbytes, config, layer):
         assert stack_bytes(compiled) == 0, f"{name}: {stack_bytes(compiled)} bytes of stack"
         if width * nbytes >= 128:
             assert "ld.global.v4.b32" in compiled.asm["ptx"], f"{name}: loads of less than 16 bytes"
+
+
+ON_GPU = {
+    torch.bfloat16: [
+        Case(4099, 64),
+        Case(2051, 128, groups=3, per_head=True, layout="slices"),
+        Case(1025, 256, affine="wb", norm="layer", groups=2, activation="sigmoid"),
+        Case(513, 512, gate_first=True),
+        Case(515, 1000, affine=""),
+        Case(1300, 2048, affine="wb", norm="layer"),
+        Case(131, 4096, gate_first=True, norm="layer"),
+    ],
+    torch.float16: [Case(2051, 128)],
+    torch.float32: [*CASES, Case(20000, 128), Case(70, 4096, affine="wb", norm="layer")],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "case"), [(d, c) for d, cases in ON_GPU.items() for c in cases], ids=str)
+def test_gpu(dtype, case):
+    """Against float64, and the same bits in a second run."""
+    x, got = check_case(case, dtype, device="cuda")
+    again = run_kernels(case, x, dtype)
+    assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+@pytest.mark.gpu
+def test_gpu_operators():
+    """The operators run these kernels, take what the kernels do not, and agree with the CPU's."""
+    from fla_compile.ops import norm_gate, norm_gate_linear
+
+    for dtype, width in ((torch.float32, 64), (torch.float64, 64), (torch.float32, 5000)):
+        case = Case(33, width, affine="wb", norm="layer")
+        found = {}
+        for device in ("cpu", "cuda"):
+            x = make_inputs(case, dtype, device)
+            found[device] = results(case, x, norm_gate)
+        for name, y in found["cpu"].items():
+            torch.testing.assert_close(found["cuda"][name].cpu(), y, rtol=1e-4, atol=1e-4)
+    case = Case(33, 64, groups=2)
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    linear = torch.randn(48, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [y.detach().requires_grad_() for y in (x.x, x.gate, x.weight)]
+    out = norm_gate_linear(*leaves, None, linear, width=64)
+    want = norm_gate(*leaves, width=64) @ linear.T
+    dout = torch.randn_like(out)
+    got, expected = (torch.autograd.grad(y, [*leaves, linear], dout) for y in (out, want))
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).float().norm() <= 1e-2 * b.float().norm()
+
+
+@pytest.mark.gpu
+def test_gpu_beyond_int32():
+    """Elements behind the first 2^31."""
+    case, rows = Case(1, 128), 2**31 // 128 + 100
+    x, gate = (torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    y, rstd, _ = norm_gate_triton.launch_forward(x, gate, None, None, case.form, torch.bfloat16)
+    dx, dg, *_ = norm_gate_triton.launch_backward(x, gate, None, None, rstd, None, y, case.form)
+    last = slice(rows - 64, rows)
+    small = [z[last].contiguous() for z in (x, gate)]
+    want, rstd, _ = norm_gate_triton.launch_forward(*small, None, None, case.form, torch.bfloat16)
+    slopes = norm_gate_triton.launch_backward(*small, None, None, rstd, None, want, case.form)
+    for a, b in ((y, want), (dx, slopes[0]), (dg, slopes[1])):
+        assert torch.equal(a[last], b)
 
 
 if __name__ == "__main__":
