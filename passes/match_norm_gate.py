@@ -2,8 +2,8 @@
 
 Before: y = norm(x) * weight * act(gate), or norm(x * act(gate)) * weight, the norm an RMSNorm, LayerNorm or GroupNorm
 over heads by any steps, act SiLU or the sigmoid; in front of `linear(y)` or not.
-After: one node, `norm_gate` or `norm_gate_linear`: the operators where Triton runs them, and in other places their
-definition in plain operations, which Inductor fuses.
+After: one operator, `norm_gate` or `norm_gate_linear`, where Triton runs it. Elsewhere the program stays as it is
+written, as Inductor fuses it well, and the report says so.
 Legal because both are the same polynomial over rows (`norm_gate_form`), checked on data. Casts between do not matter:
 the kernel computes in float32 and rounds once, to the type that the program's result has.
 Refused: a statistic or normalised value that is used elsewhere too. Norms without a gate, other axes, other gates are
@@ -128,6 +128,10 @@ def fingerprint(match: Match) -> str:
 
 def rewrite(search: Search, match: Match, replaced: dict[fx.Node, fx.Node]) -> Rewrite:
     """Write the replacement; what nothing wants any more is removed. `replaced` are results of earlier ones."""
+    kind = match.reading.family + (" + linear" if match.emission.linear else "")
+    told = PATTERN, kind, match.reading.equation, match.emission.kernel, short_source(source_of(match.root))
+    if not match.emission.operator:
+        return Rewrite(*told, len(match.interior), len(match.interior))
     graph, before = search.graph, len(search.graph.nodes)
     readers, value = search.flow.readers(match.root), tensor_of(match.root)
     with graph.inserting_before(match.root):
@@ -145,10 +149,7 @@ def rewrite(search: Search, match: Match, replaced: dict[fx.Node, fx.Node]) -> R
     for node in reversed(match.interior):
         if not node.users:
             graph.erase_node(node)
-    kind = match.reading.family + (" + linear" if match.emission.linear else "")
-    gone = before + len(fresh) - len(graph.nodes)
-    place = short_source(source_of(match.root))
-    return Rewrite(PATTERN, kind, match.reading.equation, match.emission.kernel, place, gone, len(fresh))
+    return Rewrite(*told, before + len(fresh) - len(graph.nodes), len(fresh))
 
 
 def keep_views(node: fx.Node) -> None:
@@ -161,7 +162,7 @@ def keep_views(node: fx.Node) -> None:
 
 
 def match_norm_gate(gm: fx.GraphModule, *, validated: bool = True, kernel: bool | None = None) -> Found:
-    """Rewrite every norm with a gate of `gm`, in place; `kernel` forces the operators, or the plain operations."""
+    """Rewrite every norm with a gate of `gm`, in place; `kernel` says whether to, whatever the device."""
     found, passed, taken = Found(), set[str](), set[fx.Node]()
     search, matches = Search(gm.graph), list[Match]()
     for seed in search.seeds:
@@ -172,7 +173,7 @@ def match_norm_gate(gm: fx.GraphModule, *, validated: bool = True, kernel: bool 
             if match is None or match.root in taken:
                 continue
             program = fingerprint(match)
-            if validated and program not in passed:
+            if validated and match.emission.operator and program not in passed:
                 start = time.perf_counter()
                 check(*programs_of(gm, match), match)
                 passed.add(program)
@@ -186,7 +187,7 @@ def match_norm_gate(gm: fx.GraphModule, *, validated: bool = True, kernel: bool 
     for match in matches:
         found.rewrites.append(rewrite(search, match, replaced))
     found.refusals = list(dict.fromkeys(found.refusals))
-    if found.rewrites:
+    if replaced:
         gm.graph.lint()
         gm.recompile()
     return found

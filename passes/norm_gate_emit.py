@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fla_compile.kernels.norm_gate import has_triton, naive_norm_gate
+from fla_compile.kernels.norm_gate import has_triton
 from fla_compile.kernels.norm_gate_linear import norm_gate_linear_op  # noqa: F401
 from fla_compile.passes.norm_gate_form import Reading
 from fla_compile.passes.normal_form import same_size
@@ -27,7 +27,10 @@ Weights = tuple[tuple[float, tuple[tuple[fx.Node, int, int], ...]], ...]  # term
 
 @dataclass(frozen=True)
 class Emission:
-    """`shape` is [..., P], in which the operator works; `options` are those of `naive_norm_gate`."""
+    """`shape` is [..., P], in which the operator works; `options` are those of `naive_norm_gate`.
+
+    Where `operator` is not set, nothing of this is written: no kernel of ours is faster there.
+    """
 
     x: fx.Node
     gate: fx.Node
@@ -49,7 +52,7 @@ class Emission:
     @property
     def kernel(self) -> str:
         if not self.operator:
-            return "plain operations (Inductor)"
+            return "as written (Inductor)"
         return "row kernel (Triton)" if tensor_of(self.x).device.type == "cuda" else "row kernel (plain operations)"
 
     def with_linear(self, data: fx.Node, weight: fx.Node, bias: fx.Node | None) -> "Emission | None":
@@ -165,9 +168,6 @@ def emit(emission: Emission, graph: fx.Graph, env: Mapping[fx.Node, fx.Node]) ->
     weight, bias = (
         None if terms is None else emit_weights(graph, terms, e.period, device, here) for terms in (e.weight, e.bias)
     )
-    if not e.operator:
-        result = graph.call_function(naive_norm_gate, (x, gate, weight, bias), dict(e.options))
-        return reshaped(graph, result, e.shape, e.result)
     o = e.options
     form = o["width"], o["eps"], o["norm"] == "layer", o["activation"] == "silu", o["gate_first"]
     if e.linear is not None:

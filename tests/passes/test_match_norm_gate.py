@@ -182,8 +182,7 @@ def sums_inside(x, g, w, b):
     return F.rms_norm(h, (D,), w, 1e-5) * F.silu(z)
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["plain", "operator"])
 @pytest.mark.parametrize(("fn", "family", "axes", "sizes"), SPELLINGS)
-def test_recognised(fn, family, axes, sizes, kernel):
+def test_recognised(fn, family, axes, sizes):
     left = ["mul"] if fn is unbiased_variance else []  # of the weight
-    assert_matched(fn, operands(axes, **sizes), family, kernel=kernel, left=left)
+    assert_matched(fn, operands(axes, **sizes), family, left=left)
