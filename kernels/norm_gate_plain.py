@@ -73,7 +73,7 @@ def plain_backward(
     u = x_wide * a if form.gate_first else x_wide
     h = (u if mean is None else u - mean[:, None]) * rstd[:, None]
     dn = dy if form.gate_first else dy * a
-    n = None if form.gate_first and y_dtype is None else _affine(h, weight, bias)
+    n = _affine(h, weight, bias)
     dw = None if weight is None else (dn * h).unflatten(0, (-1, weight.numel() // D)).sum(0)
     db = None if bias is None else dn.unflatten(0, (-1, bias.numel() // D)).sum(0)
     dh = dn if weight is None else _affine(dn, weight, None)
@@ -82,11 +82,11 @@ def plain_backward(
     if form.gate_first:
         dx, dg, y = du * a, du * x_wide * _slope(g, form), n
     else:
-        dx, dg, y = du, dy * n * _slope(g, form), None if y_dtype is None else n * a
+        dx, dg, y = du, dy * n * _slope(g, form), n * a
     return (
         dx.to(x.dtype),
         dg.to(gate.dtype),
         None if dw is None or weight is None else dw.reshape(weight.shape).to(weight.dtype),
         None if db is None or bias is None else db.reshape(bias.shape).to(bias.dtype),
-        None if y is None or y_dtype is None else y.to(y_dtype),
+        None if y_dtype is None else y.to(y_dtype),
     )

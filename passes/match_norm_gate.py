@@ -61,7 +61,7 @@ def follow(search: Search, match: Match) -> Match:
     """Take in the linear layer behind a pattern, where its gradient would keep the pattern's result."""
     if not match.emission.operator or not any(needs_gradient(n) for n in match.inputs):
         return match
-    path, node = [], match.root
+    path, node = list[fx.Node](), match.root
     while len(readers := {user for user, _ in search.flow.readers(node)}) == 1:
         (node,) = readers
         call = call_of(node)
@@ -87,7 +87,7 @@ def follow(search: Search, match: Match) -> Match:
     return match
 
 
-def programs_of(gm: fx.GraphModule, match: Match) -> list[fx.GraphModule]:
+def programs_of(gm: fx.GraphModule, match: Match) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The pattern and its replacement, from its inputs to its result."""
     programs = []
     written = frozenset[int]().union(*(_writes(node) for node in match.interior))
@@ -111,7 +111,7 @@ def programs_of(gm: fx.GraphModule, match: Match) -> list[fx.GraphModule]:
             result = env[match.root]
         graph.output((result,))
         programs.append(fx.GraphModule(gm, graph))
-    return programs
+    return programs[0], programs[1]
 
 
 def fingerprint(match: Match) -> str:
