@@ -49,10 +49,11 @@ def measure(f: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor) ->
     return found
 
 
-def floors(leaves: Sequence[Tensor], out: Tensor) -> dict[str, float]:
-    """Milliseconds of a copy of what must move: operands and result; backward reads both and writes the gradients."""
+def floors(leaves: Sequence[Tensor], out: Tensor, *, keeps: bool = True) -> dict[str, float]:
+    """Milliseconds to copy what must move; backward reads the operands only if it `keeps` them."""
     read, written = (sum(x.numel() * x.element_size() for x in xs) for xs in (leaves, [out]))
-    return {"floor fwd": (read + written) / BYTES_PER_MS, "floor fwd+bwd": (3 * read + 2 * written) / BYTES_PER_MS}
+    both = (3 if keeps else 2) * read + 2 * written
+    return {"floor fwd": (read + written) / BYTES_PER_MS, "floor fwd+bwd": both / BYTES_PER_MS}
 
 
 def peer(module: str, name: str) -> Callable | None:
