@@ -11,6 +11,8 @@ from fla_compile.kernels.decay_ops import gla, linear_attention, retention, simp
 from fla_compile.kernels.delta_naive import naive_delta_rule, naive_dplr, naive_gated_delta_rule, naive_kda
 from fla_compile.kernels.delta_ops import delta_rule, dplr, gated_delta_rule, kda
 from fla_compile.kernels.linear_scan import linear_scan, naive_linear_scan
+from fla_compile.kernels.norm_gate import naive_norm_gate, norm_gate
+from fla_compile.kernels.norm_gate_linear import naive_norm_gate_linear, norm_gate_linear
 from fla_compile.kernels.rwkv6_ops import rwkv6
 from fla_compile.kernels.selective_scan import naive_selective_scan, selective_scan
 
@@ -29,10 +31,14 @@ __all__ = [
     "naive_kda",
     "naive_linear_attention",
     "naive_linear_scan",
+    "naive_norm_gate",
+    "naive_norm_gate_linear",
     "naive_retention",
     "naive_rwkv6",
     "naive_selective_scan",
     "naive_simple_gla",
+    "norm_gate",
+    "norm_gate_linear",
     "retention",
     "rwkv6",
     "selective_scan",

@@ -8,6 +8,7 @@ from torch import fx
 
 from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan  # noqa: F401
 from fla_compile.passes.fission import Delay, Window
+from fla_compile.passes.match_norm_gate import match_norm_gate
 from fla_compile.passes.match_parallel import match_parallel
 from fla_compile.passes.match_recurrences import Known, match_recurrences
 from fla_compile.passes.records import Refusal, Refused, Rewrite
@@ -84,5 +85,10 @@ def run_passes(
             rewrites += parallel.rewrites
             refusals += [(refusal, None) for refusal in parallel.refusals]
             seconds += parallel.validation_seconds
+        if options.runs("norm_gate"):
+            gated = match_norm_gate(region, validated=options.validate)
+            rewrites += gated.rewrites
+            refusals += [(refusal, None) for refusal in gated.refusals]
+            seconds += gated.validation_seconds
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)

@@ -12,6 +12,7 @@ REASONS = {
     "not_outer_product": "What the update writes is not one outer product of a key and a value.",
     "decay_sign_unknown": "Nothing shows that a decay which needs a gradient is positive.",
     "random_in_loop": "The loop draws random numbers.",
+    "intermediate_used": "A value inside the pattern, which the kernel never forms, is used elsewhere too.",
     "no_kernel": "The recurrence is known, but no kernel of ours takes it.",
     "validation_failed": "Loop and kernel gave different numbers on random data; please report it.",
 }

@@ -39,6 +39,7 @@ def splice(gm: fx.GraphModule, scan: Scan, lowered: Lowered, outer: dict[int, Lo
             env[node].target = targets[node.target]  # type: ignore[index]
         run_loops_as_operators(gm, graph, scan)
     for user in list(scan.node.users):
+        results[user.args[1]].meta.setdefault("example_value", user.meta.get("example_value"))
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
     body = scan.node.args[0]

@@ -5,10 +5,8 @@ since Triton decides at import whether it interprets.
 """
 
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
+from machine_code import stack_bytes  # noqa: E402
 from range_cases import check_where_finite  # noqa: E402
 
 from fla_compile.kernels import (  # noqa: E402
@@ -250,16 +249,6 @@ def compile_kernel(kernel, constants, row, kind, precision):
     if constants.get("EXACT"):
         options = decay_fused.EXACT_OPTIONS
     return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)
-
-
-def stack_bytes(compiled):
-    """Local memory of the machine code: where spilled registers go."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
 def ahead_of_time():

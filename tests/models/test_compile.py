@@ -10,9 +10,19 @@ import fla_compile
 every_model = pytest.mark.parametrize("case", MODELS, ids=str)
 
 
-def families(report: fla_compile.Report) -> tuple[str, ...]:
+# The norm with a gate of a layer, by model; others have none.
+NORM_GATES = {
+    **dict.fromkeys(("RetNet", "GLA", "GLA-hybrid", "ABC", "HGRN", "GatedDeltaNet"), ("rms_norm(x) * silu(gate)",)),
+    "GSA": ("rms_norm(x * sigmoid(gate))",),  # of silu(x)
+    "RWKV6": ("layer_norm(x) * silu(gate)",),
+    "KDA": ("rms_norm(x) * sigmoid(gate)",),
+    "Mamba2": ("rms_norm(x * silu(gate))",),
+}
+
+
+def families(report: fla_compile.Report, pattern: str = "recurrence") -> tuple[str, ...]:
     assert not report.refusals, report
-    return tuple(rewrite.family for rewrite in report.rewrites)
+    return tuple(rewrite.family for rewrite in report.rewrites if rewrite.pattern == pattern)
 
 
 def graphs() -> int:
@@ -32,6 +42,7 @@ def test_a_training_step_is_recognised_completely(case: Case) -> None:
     ids = tokens(2, 6)
     report = fla_compile.explain(case.new_model(num_hidden_layers=layers), ids, labels=ids)
     assert families(report) == case.families[: len(case.families) * layers // 2]
+    assert families(report, "norm_gate") == NORM_GATES.get(str(case), ())
 
 
 @pytest.mark.slow
