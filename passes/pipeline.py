@@ -8,6 +8,7 @@ from torch import fx
 
 from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan  # noqa: F401
 from fla_compile.passes.fission import Delay, Window
+from fla_compile.passes.match_linear_cross_entropy import match_linear_cross_entropy
 from fla_compile.passes.match_parallel import match_parallel
 from fla_compile.passes.match_recurrences import Known, match_recurrences
 from fla_compile.passes.records import Refusal, Refused, Rewrite
@@ -84,5 +85,10 @@ def run_passes(
             rewrites += parallel.rewrites
             refusals += [(refusal, None) for refusal in parallel.refusals]
             seconds += parallel.validation_seconds
+        if options.runs("linear_cross_entropy"):
+            losses = match_linear_cross_entropy(region, validated=options.validate)
+            rewrites += losses.rewrites
+            refusals += [(refusal, None) for refusal in losses.refusals]
+            seconds += losses.validation_seconds
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)
