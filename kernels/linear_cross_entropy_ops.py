@@ -204,12 +204,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.need = inputs[11:]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*((x, weight, bias, target, row_weight) if ctx.reduction == "none" else output[1:]))
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *of_gradients: Tensor | None) -> tuple[Any, ...]:
-    if any(grad is not None for grad in of_gradients):
-        raise RuntimeError("linear_cross_entropy cannot be differentiated twice")
+    if torch.is_grad_enabled():  # a graph of the backward would hold gradients that came from no graph
+        raise RuntimeError("linear_cross_entropy cannot be differentiated twice: create_graph is not supported")
     nothing = (None,) * 11
     if dloss is None:
         return None, None, None, *nothing
@@ -229,8 +230,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *of_gradients: Tensor | None) -> t
 
 def multiplied(saved: Tensor, factor: Tensor) -> Tensor:
     """A saved gradient times a number; in its own memory where nobody will ask for it again."""
-    last = type(saved) is Tensor and not torch.is_grad_enabled() and not keeps_graph()
-    if not last:
+    if type(saved) is not Tensor or keeps_graph():
         return saved * factor
     saved = saved.detach()
     scale_in_place(saved, factor)
