@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fla_compile.kernels.cross_entropy_rows import RowLoss
 
-WHOLE = 32768  # 64 float32 numbers in each of 512 threads
-LOOPED = 16384  # a thread of 1024 holds 16: one row at a time on a processor, so that all rows at work fit in L2
+WHOLE = 4096  # 16 numbers in each of 256 threads
+MIDDLE = 65536  # a processor has 2048 threads: two rows at work of up to this length, one beyond it, all in 40 MB of L2
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def loss_rows_kernel(
     p_a, p_bias, p_target, p_scale, p_loss, p_out, stride_a, stride_out, stride_scale, V, ignore_index,
     logit_scale, softcap, smoothing, z_loss,
     BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    STORE: tl.constexpr,
+    SMOOTHED: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """One program a row. `p_out` may be `p_a`: a number is read before the same thread writes its gradient there,
     and the target's logit before any sum over the row, which all threads wait for."""
@@ -79,7 +79,9 @@ def loss_rows_kernel(
             o_v = tl.arange(0, BLOCK)
             m_v = o_v < V
             b_z = load_logits(p_a, p_bias, o_v, m_v, logit_scale, softcap, HAS_BIAS, SOFTCAP)
-            total = tl.sum(tl.where(m_v, b_z, 0.0), 0)
+            total = 0.0
+            if SMOOTHED:
+                total = tl.sum(tl.where(m_v, b_z, 0.0), 0)
             b_z = tl.where(m_v, b_z, float("-inf"))
             top = tl.max(b_z, 0)
             lse = top + tl.log(tl.sum(tl.exp(b_z - top), 0))
@@ -91,19 +93,22 @@ def loss_rows_kernel(
                 )  # fmt: skip
                 tl.store(p_out + i_row * stride_out + o_v, b_g.to(p_out.dtype.element_ty), mask=m_v)
         else:
-            top = float("-inf")
+            # Each thread keeps maxima and sums of its own: none waits for another before the row is read.
+            b_top = tl.full((BLOCK,), float("-inf"), tl.float32)
             b_sum = tl.zeros((BLOCK,), tl.float32)
             b_total = tl.zeros((BLOCK,), tl.float32)
             for i in range(0, V, BLOCK):
                 o_v = i + tl.arange(0, BLOCK)
                 m_v = o_v < V
                 b_z = load_logits(p_a, p_bias, o_v, m_v, logit_scale, softcap, HAS_BIAS, SOFTCAP)
-                b_total += tl.where(m_v, b_z, 0.0)
+                if SMOOTHED:
+                    b_total += tl.where(m_v, b_z, 0.0)
                 b_z = tl.where(m_v, b_z, float("-inf"))
-                higher = tl.maximum(top, tl.max(b_z, 0))
-                base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far
-                b_sum = b_sum * tl.exp(top - base) + tl.exp(b_z - base)
-                top = higher
+                b_e = tl.where(b_z == b_top, 1.0, tl.exp(-tl.abs(b_z - b_top)))  # -inf less -inf is no number
+                b_sum = tl.where(b_z > b_top, b_sum * b_e + 1.0, b_sum + b_e)
+                b_top = tl.maximum(b_top, b_z)
+            top = tl.max(b_top, 0)
+            b_sum *= tl.where(b_top == top, 1.0, tl.exp(b_top - top))
             lse = top + tl.log(tl.sum(b_sum, 0))
             tl.store(p_loss + i_row, row_loss(lse, z_t, tl.sum(b_total, 0), V, smoothing, z_loss))
             if STORE:
@@ -134,9 +139,10 @@ def scale_kernel(p_x, p_factor, numel, BLOCK: tl.constexpr):
 def block_of(V: int) -> tuple[int, int]:
     """Logits a program holds at a time, and its warps."""
     if V > WHOLE:
-        return LOOPED, 32
+        warps = 16 if V <= MIDDLE else 32
+        return 256 * warps, warps
     block = max(128, triton.next_power_of_2(V))
-    return block, min(16, max(1, block // 1024))
+    return block, max(1, block // 512)
 
 
 def triton_rows(
@@ -152,7 +158,7 @@ def triton_rows(
             0 if scale is None else scale.stride(0), V, loss.ignore_index,
             loss.logit_scale, loss.softcap, loss.label_smoothing, loss.z_loss,
             BLOCK=block, IS_WHOLE=V <= block, HAS_BIAS=bias is not None, SOFTCAP=loss.softcap != 0.0,
-            STORE=out is not None, num_warps=warps,
+            SMOOTHED=loss.label_smoothing != 0.0, STORE=out is not None, num_warps=warps,
         )  # fmt: skip
     return losses
 
