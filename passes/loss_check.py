@@ -105,6 +105,7 @@ class Program:
             node = todo.pop()
             if node not in found:
                 found.add(node)
+                todo += self.losses.writes.get(node, [])
                 if node is not self.loss.value.root.node:
                     known = self.losses.values.keys() | self.losses.pairs
                     todo += [n for n in node.all_input_nodes if n in known]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from fla_compile.passes.loss_values import Atom, Axis, Dims, Form, Label, Root, Target, Value, is_one
+from fla_compile.passes.loss_values import Atom, Axis, Dims, Form, Label, Root, Target, Value, is_one, settled
 from fla_compile.passes.records import Refused
 from fla_compile.passes.spellings import Call, call_of, peel, tensor_of
 
@@ -57,12 +57,12 @@ def linear(node: fx.Node) -> Value | None:
     have, matrix = tensor_of(x), tensor_of(weight)
     if have is None or matrix is None or matrix.ndim != 2 or have.ndim < 2 or have.dtype != matrix.dtype:
         return None
-    V = matrix.shape[1] if transposed else matrix.shape[0]
+    V = settled(matrix.shape[1] if transposed else matrix.shape[0])
     if not isinstance(V, int) or V < CLASSES or fake.device != have.device:
         return None
-    if bias is not None and (tensor_of(bias) is None or tensor_of(bias).shape != (V,)):
+    if bias is not None and (tensor_of(bias) is None or [settled(s) for s in tensor_of(bias).shape] != [V]):
         return None
-    rows = tuple(Label(size) for size in have.shape[:-1])
+    rows = tuple(Label(settled(size)) for size in have.shape[:-1])
     root = Root(node, x, weight, bias, transposed, rows, Label(V, whole=True))
     axes: list[Axis] = [() if is_one(label.size) else (label,) for label in rows]
     dims = ((root.classes,), *axes) if first else (*axes, (root.classes,))

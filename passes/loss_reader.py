@@ -26,7 +26,7 @@ def read(losses: Losses, graph: fx.Graph) -> None:
             continue
         if call is None or rule is None or tensor_of(node) is None or call.get("out") is not None:
             continue
-        if call.in_place and not _is_alone(call.get("input")):
+        if call.in_place and not _is_alone(call.get("input"), node):
             continue
         try:
             value = rule(losses, call, node)
@@ -34,12 +34,19 @@ def read(losses: Losses, graph: fx.Graph) -> None:
             value = None
         if value is not None:
             losses.values[node] = value
+            if call.in_place:
+                losses.values[call.get("input")] = value
+                losses.writes.setdefault(call.get("input"), []).append(node)
 
 
-def _is_alone(written: Any) -> bool:
-    """Whether nothing but its one user, which writes over it, can see a tensor."""
+def _is_alone(written: Any, by: fx.Node) -> bool:
+    """Whether nothing that stands in front of what writes over a tensor can still see what was in it."""
     call = call_of(written) if isinstance(written, fx.Node) else None
-    return call is not None and len(written.users) == 1 and call.name not in VIEWS
+    if call is None or call.name in VIEWS:
+        return False
+    order = {node: i for i, node in enumerate(by.graph.nodes)}
+    earlier = [user for user in written.users if order[user] < order[by]]
+    return all((made := call_of(user)) is not None and made.in_place for user in earlier)
 
 
 def _is_pair(node: fx.Node) -> bool:

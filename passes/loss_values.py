@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fla_compile.passes.normal_form import same_size
@@ -63,6 +64,13 @@ def resolved(dims: Dims) -> Dims:
 
 def is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
+
+
+def settled(size: Any) -> Any:
+    """A size as a number where the program has fixed it meanwhile."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,7 @@ class Losses:
     pairs: set[fx.Node] = field(default_factory=set)  # x.max(dim), of which only the values are used
     laid: dict[fx.Node, Dims] = field(default_factory=dict)  # over which axes an operand from elsewhere lies
     one_hots: dict[fx.Node, Target] = field(default_factory=dict)
+    writes: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # what writes over a value, for later readers
 
     def of(self, operand: Any) -> Value | None:
         return self.values.get(operand) if isinstance(operand, fx.Node) else None

@@ -86,7 +86,7 @@ def _near_miss(losses: Losses, others: list[fx.Node], why: dict[fx.Node, Refused
         value = losses.values.get(node)
         if value is None:
             continue
-        if value.kind in ("row", "total") and any(atom == ("lse",) for monomial in value.rows for atom in monomial):
+        if value.kind in ("row", "total") and any(atom[0] == "pick" for monomial in value.rows for atom in monomial):
             raise why[node]
         for user in node.users:
             call = call_of(user)

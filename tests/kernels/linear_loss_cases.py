@@ -113,6 +113,9 @@ def check_results(case: Case, given: Operands, got: dict[str, Tensor], dtype: to
     assert set(got) == set(truth)
     for name, y in got.items():
         kind = "forward" if name == "loss" else "backward"
+        if dtype == torch.float64:  # eager is the truth itself
+            assert y.dtype == dtype and (y - truth[name]).norm() <= 1e-12 * truth[name].norm(), f"{case} {name}"
+            continue
         if name == "loss" and y.ndim == 0:
             check_one_number(case, given, y, truth[name], dtype)
             continue
