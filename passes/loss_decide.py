@@ -116,7 +116,7 @@ def _einsum(call: Call) -> Taken:
     for (x, names), (weight, pair) in (sides, sides[::-1]):
         if len(pair) != 2 or len(names) < 2 or len(set(names)) != len(names):
             continue
-        for inner, outer in (pair, pair[::-1]):
+        for inner, outer in ((pair[0], pair[1]), (pair[1], pair[0])):
             if names[-1] == inner and outer not in names and output in (names[:-1] + outer, outer + names[:-1]):
                 return x, weight, None, pair[0] == inner, output != names[:-1] + outer
     return None

@@ -71,7 +71,7 @@ class Emitter:
             elif label.parts:
                 x = self.method("unflatten", x, i, [self.size(part) for part in label.parts])
                 have[i : i + 1] = label.parts
-            elif cut is not None:
+            elif cut is not None and cut.span is not None:
                 x = self.call(operator.getitem, x, (*[slice(None)] * i, slice(*cut.span)))
                 have[i] = cut
             else:

@@ -54,6 +54,8 @@ def _mul(losses: Losses, call: Call, node: fx.Node) -> Value | None:
     a, b = losses.of(left), losses.of(right)
     if a is None:
         left, right, a, b = right, left, b, a
+    if a is None:
+        return None
     if number(right) is not None:
         return _times_number(a, number(right))
     if b is not None:

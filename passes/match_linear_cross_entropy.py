@@ -69,7 +69,8 @@ def choose(losses: Losses, root: fx.Node) -> tuple[fx.Node, Loss] | None:
             why[node] = Refused(refused.reason, refused.detail, place(node))
     others = [node for node in frontier if node not in decoded]
     if not decoded:
-        return _near_miss(losses, others, why)
+        _near_miss(losses, others, why)
+        return None
     first = next(iter(decoded))
     beyond = [node for node in others + list(decoded) if node is not first and not _comes_from(node, first)]
     if beyond:
@@ -82,6 +83,7 @@ def choose(losses: Losses, root: fx.Node) -> tuple[fx.Node, Loss] | None:
 
 
 def _near_miss(losses: Losses, others: list[fx.Node], why: dict[fx.Node, Refused]) -> None:
+    """Raises `Refused` where something was meant to be a loss."""
     for node in others:
         value = losses.values.get(node)
         if value is None:
@@ -99,7 +101,6 @@ def _near_miss(losses: Losses, others: list[fx.Node], why: dict[fx.Node, Refused
             if value.plain and user not in losses.values and _ends_in_loss(user):
                 detail = f"{user.name} makes other logits of them, not by one number or a cap"
                 raise Refused("unsupported_loss", detail, place(user))
-    return None
 
 
 def _ends_in_loss(node: fx.Node) -> bool:

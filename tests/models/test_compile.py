@@ -11,7 +11,8 @@ every_model = pytest.mark.parametrize("case", MODELS, ids=str)
 
 
 def families(report: fla_compile.Report) -> tuple[str, ...]:
-    assert not report.refusals, report
+    # the loss is computed beside the logits, as Hugging Face's models return both
+    assert all(refusal.reason == "logits_used" for refusal in report.refusals), report
     return tuple(rewrite.family for rewrite in report.rewrites)
 
 
