@@ -32,7 +32,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/cpu_demo.py all
-	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/kernels.py; fi
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python benchmarks/kernels.py && $(BIN)/python benchmarks/losses.py; fi
 
 # Torch goes first, by its exact version: a looser request, of ours or of a dependency, may bring another build.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "fla-compile")
+PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "liger-kernel", "fla-compile")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fla_compile.kernels.decay_naive import (
 from fla_compile.kernels.decay_ops import gla, linear_attention, retention, simple_gla
 from fla_compile.kernels.delta_naive import naive_delta_rule, naive_dplr, naive_gated_delta_rule, naive_kda
 from fla_compile.kernels.delta_ops import delta_rule, dplr, gated_delta_rule, kda
+from fla_compile.kernels.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
 from fla_compile.kernels.linear_scan import linear_scan, naive_linear_scan
 from fla_compile.kernels.norm_gate import naive_norm_gate, norm_gate
 from fla_compile.kernels.norm_gate_linear import naive_norm_gate_linear, norm_gate_linear
@@ -23,6 +24,7 @@ __all__ = [
     "gla",
     "kda",
     "linear_attention",
+    "linear_cross_entropy",
     "linear_scan",
     "naive_delta_rule",
     "naive_dplr",
@@ -30,6 +32,7 @@ __all__ = [
     "naive_gla",
     "naive_kda",
     "naive_linear_attention",
+    "naive_linear_cross_entropy",
     "naive_linear_scan",
     "naive_norm_gate",
     "naive_norm_gate_linear",

@@ -54,6 +54,19 @@ def written(graph: fx.Graph, before: fx.Node | None = None) -> set[int]:
     return found
 
 
+def written_between(first: fx.Node, last: fx.Node) -> set[int]:
+    """The storages that nodes behind `first` and in front of `last` may write to."""
+    found: set[int] = set()
+    between = False
+    for node in first.graph.nodes:
+        if node is last:
+            break
+        if between and node.op in ("call_function", "call_method"):
+            found |= _writes(node)
+        between = between or node is first
+    return found
+
+
 def _writes(node: fx.Node) -> frozenset[int]:
     name = op_name(node)
     everything = frozenset[int]().union(*(memory(n) for n in node.all_input_nodes))

@@ -8,6 +8,7 @@ from torch import fx
 
 from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan  # noqa: F401
 from fla_compile.passes.fission import Delay, Window
+from fla_compile.passes.match_linear_cross_entropy import match_linear_cross_entropy
 from fla_compile.passes.match_norm_gate import match_norm_gate
 from fla_compile.passes.match_parallel import match_parallel
 from fla_compile.passes.match_recurrences import Known, match_recurrences
@@ -17,6 +18,14 @@ from fla_compile.passes.scans import nested_graphs
 from fla_compile.passes.share_states import share_states
 from fla_compile.passes.step import Step
 from fla_compile.passes.updates import written_at
+
+
+# What is looked for after the recurrences, in this order, by the name of its pass.
+PATTERNS = {
+    "parallel_attention": match_parallel,
+    "norm_gate": match_norm_gate,
+    "linear_cross_entropy": match_linear_cross_entropy,
+}
 
 
 class Switches(Protocol):
@@ -80,15 +89,11 @@ def run_passes(
             refusals += [(refusal, scan.place) for refusal, scan in found.refusals]
             looped += found.looped
             seconds += found.validation_seconds
-        if options.runs("parallel_attention"):
-            parallel = match_parallel(region, validated=options.validate)
-            rewrites += parallel.rewrites
-            refusals += [(refusal, None) for refusal in parallel.refusals]
-            seconds += parallel.validation_seconds
-        if options.runs("norm_gate"):
-            gated = match_norm_gate(region, validated=options.validate)
-            rewrites += gated.rewrites
-            refusals += [(refusal, None) for refusal in gated.refusals]
-            seconds += gated.validation_seconds
+        for name, match in PATTERNS.items():
+            if options.runs(name):
+                matched = match(region, validated=options.validate)
+                rewrites += matched.rewrites
+                refusals += [(refusal, None) for refusal in matched.refusals]
+                seconds += matched.validation_seconds
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)

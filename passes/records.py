@@ -13,6 +13,8 @@ REASONS = {
     "decay_sign_unknown": "Nothing shows that a decay which needs a gradient is positive.",
     "random_in_loop": "The loop draws random numbers.",
     "intermediate_used": "A value inside the pattern, which the kernel never forms, is used elsewhere too.",
+    "logits_used": "Logits, or a part of their loss, are used elsewhere too, so they are computed anyway.",
+    "unsupported_loss": "What is made of the logits is no cross entropy that the kernel computes.",
     "no_kernel": "The recurrence is known, but no kernel of ours takes it.",
     "validation_failed": "Loop and kernel gave different numbers on random data; please report it.",
 }

@@ -1,0 +1,159 @@
+"""Write a recognised loss as the kernel's operator and what goes around it, into a graph of any sizes."""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fla_compile.kernels.linear_cross_entropy_ops import linear_cross_entropy_forward  # noqa: F401
+from fla_compile.passes.loss_decide import Loss
+from fla_compile.passes.loss_values import Axis, Dims, Label, flat, is_one, resolved
+from fla_compile.passes.records import Refused
+from fla_compile.passes.spellings import tensor_of
+
+
+@dataclass
+class Emitter:
+    """Appends nodes at the insertion point of `graph`; `env` says which of its nodes stand for those of the program.
+
+    `size` gives the size of a label where it is a number. `faked` gives new nodes fake values.
+    """
+
+    graph: fx.Graph
+    env: Mapping[fx.Node, fx.Node]
+    size: Callable[[Label], Any]
+    faked: bool
+    added: list[fx.Node] = field(default_factory=list)
+    extents: dict[Label, fx.Node] = field(default_factory=dict)
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._noted(self.graph.call_function(function, args, kwargs))
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        return self._noted(self.graph.call_method(name, args))
+
+    def _noted(self, node: fx.Node) -> fx.Node:
+        self.added.append(node)
+        if self.faked:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+            if node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return node
+
+    def extent(self, label: Label) -> Any:
+        size = self.size(label)
+        return size if isinstance(size, int) else self.extents[label]
+
+    def axis(self, labels: Axis) -> Any:
+        total: Any = 1
+        for label in labels:
+            size = self.extent(label)
+            if isinstance(total, int) and (isinstance(size, int) or total == 1):
+                total = total * size if isinstance(size, int) else size
+            else:
+                total = self.call(operator.mul, total, size)
+        return total
+
+    def rows_of(self, x: fx.Node, labels: tuple[Label, ...], wanted: set[Label]) -> tuple[fx.Node, tuple[Label, ...]]:
+        """The rows of x [*labels, D] that `wanted` names, as [N, D], and their axes in order."""
+        have = list(labels)
+        i = 0
+        while i < len(have):
+            label = have[i]
+            cut = next((c for c in label.cuts if wanted & set(_descendants(c))), None)
+            if label in wanted or (cut is None and not label.parts and is_one(label.size)):
+                i += 1
+            elif label.parts:
+                x = self.method("unflatten", x, i, [self.size(part) for part in label.parts])
+                have[i : i + 1] = label.parts
+            elif cut is not None and cut.span is not None:
+                x = self.call(operator.getitem, x, (*[slice(None)] * i, slice(*cut.span)))
+                have[i] = cut
+            else:
+                raise Refused("unsupported_loss", "its rows are not the layer's")
+        order = tuple(label for label in have if label in wanted)
+        if len(order) != len(wanted):
+            raise Refused("unsupported_loss", "its rows are not the layer's")
+        for i, label in enumerate(have):
+            if not isinstance(self.size(label), int):
+                self.extents[label] = self.method("size", x, i)
+        return (self.method("flatten", x, 0, -2) if len(have) > 1 else x), order
+
+    def laid_out(self, node: fx.Node, dims: Dims, order: tuple[Label, ...]) -> fx.Node:
+        """A tensor over some rows as a vector over all of them [N]."""
+        node, own = self.env[node], flat(dims)
+        if own == order:
+            return self.method("reshape", node, -1)
+        node = self.method("reshape", node, [self.extent(label) for label in own])
+        present = [label for label in order if label in own]
+        if present != list(own):
+            node = self.method("permute", node, [own.index(label) for label in present])
+        for i, label in enumerate(order):
+            if label not in own:
+                node = self.method("unsqueeze", node, i)
+        if len(present) < len(order):
+            node = self.method("expand", node, [self.extent(label) for label in order])
+        return self.method("reshape", node, -1)
+
+    def loss(self, loss: Loss, needs: tuple[bool, ...], dtype: torch.dtype, narrow: torch.dtype | None) -> fx.Node:
+        """`narrow` is the type that autocast casts the layer's operands to."""
+        value, root = loss.value, loss.value.root
+        x, order = self.rows_of(self.env[root.x], root.rows, set(flat(loss.target.dims)))
+        weight, bias = self.env[root.weight], None if root.bias is None else self.env[root.bias]
+        if root.transposed:
+            weight = self.method("t", weight)
+        if narrow is not None:
+            x, weight = self.method("to", x, narrow), self.method("to", weight, narrow)
+            bias = None if bias is None else self.method("to", bias, narrow)
+        target = self.laid_out(loss.target.node, loss.target.dims, order)
+        for mask, sense, dims in loss.keeps:
+            dropped = self.laid_out(mask, dims, order)
+            dropped = self.call(torch.logical_not, dropped) if sense else dropped
+            target = self.method("masked_fill", self.method("to", target, torch.int64), dropped, loss.ignore_index)
+        weights: fx.Node | None = None
+        for factor, dims in loss.weights:
+            part = self.laid_out(factor, dims, order)
+            weights = part if weights is None else self.call(torch.mul, weights, part)
+        cap = 0.0 if value.form.cap is None else abs(value.form.cap)
+        found = self.call(
+            torch.ops.fla_compile.linear_cross_entropy.default, x, weight, bias, target, weights, loss.ignore_index,
+            loss.smoothing, cap, value.form.scale, loss.z_loss, loss.reduction, *needs,
+        )  # fmt: skip
+        result = self.call(operator.getitem, found, 0)
+        if loss.factor != 1.0:
+            result = self.call(torch.mul, result, loss.factor)
+        if loss.over_rows:
+            result = self.call(torch.div, result, self.axis(order))
+        for divisor in loss.over:
+            result = self.call(torch.div, result, self.laid_out_scalar(divisor))
+        return self._shaped(self.method("to", result, dtype), loss, order)
+
+    def laid_out_scalar(self, node: fx.Node) -> fx.Node:
+        return self.method("reshape", self.env[node], [])
+
+    def _shaped(self, result: fx.Node, loss: Loss, order: tuple[Label, ...]) -> fx.Node:
+        dims = resolved(loss.value.dims)
+        if loss.reduction != "none":
+            return self.method("reshape", result, [1] * len(dims)) if dims else result
+        own = flat(dims)
+        if own != order:
+            result = self.method("reshape", result, [self.extent(label) for label in order])
+            result = self.method("permute", result, [order.index(label) for label in own])
+        if len(dims) == 1:
+            return result if own == order else self.method("reshape", result, -1)
+        return self.method("reshape", result, [self.axis(axis) for axis in dims])
+
+
+def _descendants(label: Label) -> list[Label]:
+    return [label, *(x for child in (*label.parts, *label.cuts) for x in _descendants(child))]
+
+
+def narrowed(loss: Loss) -> torch.dtype | None:
+    """The type in which the layer runs where it is not that of its operands."""
+    have, run = tensor_of(loss.value.root.x).dtype, tensor_of(loss.value.root.node).dtype
+    return None if have == run else run
