@@ -13,6 +13,8 @@ from fla_compile.kernels.delta_ops import delta_rule, dplr, gated_delta_rule, kd
 from fla_compile.kernels.linear_scan import linear_scan, naive_linear_scan
 from fla_compile.kernels.rwkv6_ops import rwkv6
 from fla_compile.kernels.selective_scan import naive_selective_scan, selective_scan
+from fla_compile.kernels.short_conv import short_conv, short_conv_step
+from fla_compile.kernels.short_conv_naive import naive_short_conv, naive_short_conv_step
 
 __all__ = [
     "delta_rule",
@@ -32,9 +34,13 @@ __all__ = [
     "naive_retention",
     "naive_rwkv6",
     "naive_selective_scan",
+    "naive_short_conv",
+    "naive_short_conv_step",
     "naive_simple_gla",
     "retention",
     "rwkv6",
     "selective_scan",
+    "short_conv",
+    "short_conv_step",
     "simple_gla",
 ]
