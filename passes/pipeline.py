@@ -6,10 +6,11 @@ from typing import Protocol
 
 from torch import fx
 
-from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan  # noqa: F401
+from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan, short_conv  # noqa: F401
 from fla_compile.passes.fission import Delay, Window
 from fla_compile.passes.match_parallel import match_parallel
 from fla_compile.passes.match_recurrences import Known, match_recurrences
+from fla_compile.passes.match_short_conv import match_short_conv
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.recurrence import Elementwise, Generic, Recurrence, Stage
 from fla_compile.passes.scans import nested_graphs
@@ -84,5 +85,10 @@ def run_passes(
             rewrites += parallel.rewrites
             refusals += [(refusal, None) for refusal in parallel.refusals]
             seconds += parallel.validation_seconds
+        if options.runs("short_conv"):
+            convolutions = match_short_conv(region, validated=options.validate)
+            rewrites += convolutions.rewrites
+            refusals += [(refusal, None) for refusal in convolutions.refusals]
+            seconds += convolutions.validation_seconds
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)

@@ -13,6 +13,7 @@ REASONS = {
     "decay_sign_unknown": "Nothing shows that a decay which needs a gradient is positive.",
     "random_in_loop": "The loop draws random numbers.",
     "intermediate_used": "A value inside the pattern, which the kernel never forms, is used elsewhere too.",
+    "not_causal": "A convolution is padded as a causal one is, but other steps of it are kept.",
     "no_kernel": "The recurrence is known, but no kernel of ours takes it.",
     "validation_failed": "Loop and kernel gave different numbers on random data; please report it.",
 }

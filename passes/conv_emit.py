@@ -1,0 +1,283 @@
+"""Write a convolution into a graph: its operands as the operator wants them, the operator or its taps, the result back.
+
+x [B, T, D]       the batch axes in one, then time, then the channels in one
+weight [D, W]     the program's own, or its taps side by side
+op                torch.ops.fla_compile.short_conv
+taps              sum_j weight[:, j] * padded[:, j : j + T], which Inductor makes one loop of
+"""
+
+import math
+import operator
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from fla_compile.passes.conv_decide import Conv
+from fla_compile.passes.memory import memory
+from fla_compile.passes.normal_form import Factor, Term, same_size
+from fla_compile.passes.spellings import tensor_of
+from fla_compile.passes.windows import ZERO, Row, Window, Windows
+
+
+@dataclass(frozen=True)
+class Head:
+    """What follows a convolution: SiLU or not, then a residual or not; `node` is the last, of which all else is part."""
+
+    node: fx.Node
+    silu: bool = False
+    residual: fx.Node | None = None
+    inner: frozenset[fx.Node] = frozenset()
+
+
+@dataclass
+class Emitter:
+    """Appends nodes to `graph` at its insertion point; `env` says which of its nodes stand for those of the program.
+
+    What lies in `changed` memory is copied, as a kernel may keep it for its backward. `faked` gives nodes fake values.
+    """
+
+    windows: Windows
+    graph: fx.Graph
+    env: Mapping[fx.Node, fx.Node]
+    changed: Set[int]
+    faked: bool
+    added: list[fx.Node] = field(default_factory=list)
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._noted(self.graph.call_function(function, args, kwargs))
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        return self._noted(self.graph.call_method(name, args))
+
+    def _noted(self, node: fx.Node) -> fx.Node:
+        self.added.append(node)
+        if self.faked:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+            if node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return node
+
+    def held(self, node: fx.Node) -> fx.Node:
+        """A node of the program."""
+        here = self.env.get(node, node)
+        return self.method("clone", here) if memory(node) & self.changed else here
+
+    def cast(self, node: fx.Node, have: torch.dtype, want: torch.dtype) -> fx.Node:
+        return node if have == want else self.method("to", node, want)
+
+    def permuted(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
+        return node if list(order) == sorted(order) else self.method("permute", node, *order)
+
+    def length(self, conv: Conv) -> Any:
+        """The number of steps, as a number or a node."""
+        if isinstance(conv.length, int):
+            return conv.length
+        size = self.size(conv.x, conv.time)
+        return self.call(operator.sub, size, conv.left) if conv.left else size
+
+    def merged(self, conv: Conv, node: fx.Node) -> fx.Node:
+        """A tensor with x's axes as [B, T, D]."""
+        batch = [i for i in range(len(conv.labels)) if i != conv.time and i not in conv.channels]
+        node = self.permuted(node, [*batch, conv.time, *conv.channels])
+        if len(conv.channels) > 1:
+            node = self.call(torch.flatten, node, len(batch) + 1, -1)
+        if len(batch) > 1:
+            node = self.call(torch.flatten, node, 0, len(batch) - 1)
+        return node if batch else self.call(torch.unsqueeze, node, 0)
+
+    def restored(self, conv: Conv, node: fx.Node, order: Sequence[int | None]) -> fx.Node:
+        """[B, T, D] with the axes of x that `order` names, and axes of size 1 where it names none."""
+        shape = tensor_of(conv.x).shape
+        batch = [i for i in range(len(conv.labels)) if i != conv.time and i not in conv.channels]
+        if not batch:
+            node = self.call(torch.squeeze, node, 0)
+        elif len(batch) > 1:
+            node = self.call(torch.unflatten, node, 0, [self.size(conv.x, i) for i in batch])
+        if len(conv.channels) > 1:
+            node = self.call(torch.unflatten, node, -1, [int(shape[i]) for i in conv.channels])
+        have = [*batch, conv.time, *conv.channels]
+        named = [i for i in order if i is not None]
+        gone = [i for i in have if i not in named]  # of size 1
+        node = self.permuted(node, [have.index(i) for i in (*named, *gone)])
+        for _ in gone:
+            node = self.call(torch.squeeze, node, -1)
+        for place, i in enumerate(order):
+            if i is None:
+                node = self.call(torch.unsqueeze, node, place)
+        return node
+
+    def size(self, node: fx.Node, axis: int) -> Any:
+        size = tensor_of(node).shape[axis]
+        return size if isinstance(size, int) else self.method("size", self.env.get(node, node), axis)
+
+    def x(self, conv: Conv) -> fx.Node:
+        node, size = self.held(conv.x), tensor_of(conv.x).shape[conv.time]
+        if conv.first or not same_size(size, conv.length):
+            node = self.call(torch.narrow, node, conv.time, conv.first, self.length(conv))
+        return self.merged(conv, node)
+
+    def state(self, conv: Conv) -> fx.Node | None:
+        """The steps before the first, [B, W - 1, D], None where all are zeros."""
+        if all(row == ZERO for row in conv.rows):
+            return None
+        pieces: list[list[Row]] = []
+        for row in conv.rows:
+            if pieces and _follows(pieces[-1][-1], row):
+                pieces[-1].append(row)
+            else:
+                pieces.append([row])
+        parts = []
+        for rows in pieces:
+            first = rows[0]
+            if first.node is None:
+                one = self.call(torch.narrow, self.env.get(conv.x, conv.x), conv.time, 0, 1)
+                zeros = self.call(torch.zeros_like, one)
+                parts += [zeros] * len(rows)
+                continue
+            node = self.held(first.node)
+            if not same_size(tensor_of(first.node).shape[first.axis], len(rows)):
+                node = self.call(torch.narrow, node, first.axis, first.index, len(rows))
+            parts.append(self.permuted(node, first.order))
+        return self.merged(conv, parts[0] if len(parts) == 1 else self.call(torch.cat, parts, conv.time))
+
+    def weight(self, conv: Conv) -> fx.Node:
+        """[D, W]."""
+        whole = self.whole_weight(conv)
+        return self.call(torch.stack, [self.vector(conv, terms) for terms in conv.taps], 1) if whole is None else whole
+
+    def whole_weight(self, conv: Conv) -> fx.Node | None:
+        """A weight of the program whose entries along one axis are the taps in order."""
+        node, axis, axes = None, None, None
+        for j, terms in enumerate(conv.taps):
+            if len(terms) != 1 or terms[0].coef != 1.0 or len(terms[0].factors) != 1:
+                return None
+            factor = terms[0].factors[0]
+            what = self.windows.atoms[factor.atom]
+            assert isinstance(what, Window)
+            node, axis, axes = (what.node, what.axis, factor.axes) if node is None else (node, axis, axes)
+            if (what.node, what.axis, factor.axes) != (node, axis, axes) or what.start != j or axis is None:
+                return None
+        assert node is not None and axis is not None and axes is not None
+        own = [label for axis_labels in axes for label in axis_labels]
+        if own != [conv.labels[i] for i in conv.channels] or tensor_of(node).shape[axis] != conv.width:
+            return None
+        order = [*(i for i in range(len(axes)) if i != axis), axis]
+        return self.call(torch.reshape, self.permuted(self.held(node), order), (self.channels(conv), conv.width))
+
+    def channels(self, conv: Conv) -> int:
+        return math.prod(int(tensor_of(conv.x).shape[i]) for i in conv.channels)
+
+    def vector(self, conv: Conv, terms: Sequence[Term]) -> fx.Node:
+        """A sum of products over channels as [D]."""
+        total: fx.Node | None = None
+        sizes = [int(tensor_of(conv.x).shape[i]) for i in conv.channels]
+        for term in terms:
+            product: fx.Node | None = None
+            for f in term.factors:
+                part = self.factor(conv, f)
+                product = part if product is None else self.call(torch.mul, product, part)
+            assert product is not None
+            if term.coef != 1.0:
+                product = self.call(torch.mul, product, term.coef)
+            product = self.call(torch.reshape, self.method("expand", product, *sizes), (-1,))
+            total = product if total is None else self.call(torch.add, total, product)
+        assert total is not None
+        return total
+
+    def factor(self, conv: Conv, f: Factor) -> fx.Node:
+        """A factor over channels, one axis for each of them, of size 1 where it has none."""
+        labels = [conv.labels[i] for i in conv.channels]
+        have = [label for own in f.axes for label in own]
+        node = self.part(f)
+        sizes = [1 if not own else -1 for own in f.axes]
+        if 1 in sizes:
+            kept = [int(self.windows.space.sizes[label]) for label in have]
+            node = self.call(torch.reshape, node, tuple(kept))
+        wanted = [label for label in labels if label in have]
+        node = self.permuted(node, [have.index(label) for label in wanted])
+        for i, label in enumerate(labels):
+            if label not in have:
+                node = self.call(torch.unsqueeze, node, i)
+        return node
+
+    def part(self, f: Factor) -> fx.Node:
+        what = self.windows.atoms[f.atom]
+        assert isinstance(what, Window)
+        node = self.held(what.node)
+        return node if what.axis is None else self.call(torch.narrow, node, what.axis, what.start, what.length)
+
+    def residual(self, conv: Conv, head: Head) -> fx.Node | None:
+        if head.residual is not None:
+            node = self.held(head.residual)
+            named = [i for i in conv.order if i is not None]
+            missing = [i for i in range(len(conv.labels)) if i not in named]
+            for place in reversed([p for p, i in enumerate(conv.order) if i is None]):
+                node = self.call(torch.squeeze, node, place)
+            for _ in missing:
+                node = self.call(torch.unsqueeze, node, -1)
+            have = [*named, *missing]
+        elif conv.residual is not None:
+            node = self.part(conv.residual)
+            blank = [i for i, label in enumerate(conv.labels) if label is None]
+            have = [conv.labels.index(own[0]) if own else blank.pop(0) for own in conv.residual.axes]
+        else:
+            return None
+        return self.merged(conv, self.permuted(node, [have.index(i) for i in range(len(conv.labels))]))
+
+    def convolution(self, conv: Conv, head: Head, kernel: str, final: bool) -> tuple[fx.Node, fx.Node | None]:
+        """The node that takes the place of the head, and the last W - 1 steps [B, W - 1, D] if asked for."""
+        have, own = tensor_of(conv.x).dtype, tensor_of(conv.node).dtype
+        out = tensor_of(head.node).dtype
+        dtype = own if torch.promote_types(have, own) == have else have
+        dtype = torch.promote_types(dtype, out)
+        x, state = self.cast(self.x(conv), have, dtype), self.state(conv)
+        weight, residual = self.weight(conv), self.residual(conv, head)
+        bias = self.vector(conv, conv.bias) if conv.bias else None
+        last = None
+        if kernel == "op":
+            op = torch.ops.fla_compile.short_conv.default
+            call = self.call(op, x, weight, bias, residual, state, head.silu, final, None)
+            y = self.call(operator.getitem, call, 0)
+            last = self.call(operator.getitem, call, 1) if final else None
+        else:
+            y = self.cast(self.taps(conv, dtype, x, weight, bias, residual, state, head.silu), None, dtype)
+        return self.cast(self.restored(conv, y, conv.order), dtype, out), last
+
+    def taps(
+        self,
+        conv: Conv,
+        dtype: torch.dtype,
+        x: fx.Node,
+        weight: fx.Node,
+        bias: fx.Node | None,
+        residual: fx.Node | None,
+        state: fx.Node | None,
+        silu: bool,
+    ) -> fx.Node:
+        W, length = conv.width, self.length(conv)
+        wide = torch.promote_types(dtype, torch.float32)
+        if state is None:
+            padded = self.call(F.pad, x, (0, 0, W - 1, 0))
+        else:
+            padded = self.call(torch.cat, [self.method("to", state, dtype), x], 1)
+        z: fx.Node | None = None
+        for j in range(W):
+            part = self.cast(self.call(torch.narrow, padded, 1, j, length), dtype, wide)
+            term = self.call(torch.mul, part, self.call(torch.select, weight, 1, j))
+            z = term if z is None else self.call(torch.add, z, term)
+        assert z is not None
+        z = z if bias is None else self.call(torch.add, z, bias)
+        z = self.call(F.silu, z) if silu else z
+        return z if residual is None else self.call(torch.add, z, residual)
+
+
+def _follows(a: Row, b: Row) -> bool:
+    if a.node is None or b.node is None:
+        return a.node is b.node
+    return (b.node, b.axis, b.order, b.index) == (a.node, a.axis, a.order, a.index + 1)
