@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import fx
 
-from fla_compile.passes.normal_form import Factor, Term, Value
+from fla_compile.passes.normal_form import Factor, Labels, Term, Value
 from fla_compile.passes.records import Refused
 from fla_compile.passes.spellings import call_of, tensor_of
 from fla_compile.passes.windows import ZERO, Family, Row, Window, Windows, fixed, statically
 
 LARGEST_WIDTH = 8
+TIME = -1  # stands for the axis of steps among labels
 
 # Two taps are a token shift, unless the program says conv1d: Inductor fuses these with what they feed.
 FEWEST_TAPS = 3
@@ -28,14 +29,15 @@ class Conv:
     """A convolution at `node`: steps `first` to `first + length` of `x` along `time`.
 
     `taps` holds the terms of each weight, oldest first, x's factor left out; `rows` the steps before, oldest first.
-    `order` says which axis of x each axis of `node` is, None for axes of size 1.
+    `labels` are those of x's axes, `dims` those of the axes of `node`; TIME stands for the axis of steps.
     """
 
     node: fx.Node
     x: fx.Node
     time: int
     channels: tuple[int, ...]
-    labels: tuple[int | None, ...]  # of x's axes
+    labels: tuple[Labels, ...]
+    dims: tuple[Labels, ...]
     first: int
     length: Any
     left: Any  # steps of x that are not convolved
@@ -43,12 +45,17 @@ class Conv:
     taps: tuple[tuple[Term, ...], ...]
     bias: tuple[Term, ...]
     residual: Factor | None
-    order: tuple[int | None, ...]
     interior: frozenset[fx.Node]
 
     @property
     def width(self) -> int:
         return len(self.taps)
+
+    @property
+    def groups(self) -> tuple[Labels, Labels, Labels]:
+        """The labels of [B, T, D]."""
+        batch = (own for i, own in enumerate(self.labels) if i != self.time and i not in self.channels)
+        return tuple(x for own in batch for x in own), (TIME,), tuple(x for i in self.channels for x in self.labels[i])
 
 
 def decide(w: Windows, node: fx.Node) -> Conv | None:
@@ -72,7 +79,7 @@ def _sources(w: Windows, value: Value) -> list[tuple[fx.Node, int]]:
             what = w.atoms[f.atom]
             if isinstance(what, Window) and what.axis is not None:
                 key = what.node, what.axis
-                starts.setdefault(key, set()).add(what.start)
+                starts.setdefault(key, set()).add(str(what.start))
                 bare, short = rank.get(key, (True, True))
                 rank[key] = bare and not what.prefix, short and not f.axes[what.axis]
     return sorted(
@@ -100,19 +107,17 @@ def _over(w: Windows, node: fx.Node, value: Value, x: fx.Node, axis: int) -> Con
         taps.setdefault(start, []).append(Term(term.coef, tuple(f for f in term.factors if f is not own[0])))
     if not taps or any(f.axes != data[0].axes for f in data):
         return None
-    axes = data[0].axes
-    if any(len(own) > 1 for own in axes) or sorted(x for own in axes for x in own) != sorted(dims):
+    axes, step = data[0].axes, data[0].axes[axis]
+    if len(step) > 1 or sorted(label for own in axes for label in own) != sorted(dims):
         return None
-    labels = tuple(own[0] if own else None for own in axes)
     weights = {label for terms in taps.values() for t in terms for f in t.factors for label in f.labels}
-    if not weights or labels[axis] in weights or not weights <= set(dims):
+    channels = tuple(i for i, own in enumerate(axes) if weights & set(own))
+    over = {label for i in channels for label in axes[i]}
+    if not weights or not weights <= over or axis in channels:
         return None
     if not all(_lies_inside(w, f) for terms in taps.values() for t in terms for f in t.factors):
         return None
-    channels = tuple(i for i, label in enumerate(labels) if label in weights)
-    bias, residual = _split(rest, dims, weights)
-    if residual is not None and [len(own) for own in residual.axes].count(1) != len(residual.axes) - labels.count(None):
-        return None
+    bias, residual = _split(rest, dims, over)
     if bias is None or not _settled(w, node, value):
         return None
     interior = interior_of(w, node)
@@ -141,14 +146,22 @@ def _over(w: Windows, node: fx.Node, value: Value, x: fx.Node, axis: int) -> Con
     if rows is None:
         return None
     left = fixed(tensor_of(x).shape[axis] - length)
-    sizes = [tensor_of(x).shape[i] for i in channels]
+    sizes = [fixed(w.space.sizes[label]) for label in over]
     if not all(isinstance(size, int) for size in (*sizes, left if first or left != 0 else 0)):
         return None
     ordered = tuple(tuple(taps.get(start, ())) for start in range(last, first + 1))
-    order = tuple(labels.index(own[0]) if own else None for own in value.dims)
+    named = {step[0]: TIME} if step else {}
+
+    def renamed(dims: Sequence[Labels]) -> tuple[Labels, ...]:
+        return tuple(tuple(named.get(label, label) for label in own) for own in dims)
+
+    labels = tuple((TIME,) if i == axis else own for i, own in enumerate(axes))
+    if residual is not None:
+        residual = Factor(residual.atom, renamed(residual.axes))
     return Conv(
-        node, x, axis, channels, labels, first, length, left, rows, ordered, bias, residual, order, frozenset(interior)
-    )
+        node, x, axis, channels, labels, renamed(value.dims), first, length, left, rows, ordered, bias, residual,
+        frozenset(interior),
+    )  # fmt: skip
 
 
 def _is_part(w: Windows, f: Factor, x: fx.Node, axis: int) -> bool:
@@ -156,14 +169,12 @@ def _is_part(w: Windows, f: Factor, x: fx.Node, axis: int) -> bool:
     return isinstance(what, Window) and what.node is x and what.axis in (None, axis)
 
 
-def _split(
-    rest: Sequence[Term], dims: Sequence[int], weights: set[int]
-) -> tuple[tuple[Term, ...] | None, Factor | None]:
+def _split(rest: Sequence[Term], dims: Sequence[int], over: set[int]) -> tuple[tuple[Term, ...] | None, Factor | None]:
     """The terms of the bias, None if there are others than it and one residual."""
     bias, residual = [], None
     for term in rest:
         labels = term.labels
-        if labels and labels <= weights:
+        if labels and labels <= over:
             bias.append(term)
         elif residual is None and len(term.factors) == 1 and term.coef == 1.0 and labels == set(dims):
             (residual,) = term.factors

@@ -6,7 +6,6 @@ op                torch.ops.fla_compile.short_conv
 taps              sum_j weight[:, j] * padded[:, j : j + T], which Inductor makes one loop of
 """
 
-import math
 import operator
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -16,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fla_compile.passes.conv_decide import Conv
+from fla_compile.passes.conv_decide import TIME, Conv
 from fla_compile.passes.memory import memory
-from fla_compile.passes.normal_form import Factor, Term, same_size
+from fla_compile.passes.normal_form import Factor, Labels, Term, same_size
 from fla_compile.passes.spellings import tensor_of
-from fla_compile.passes.windows import ZERO, Row, Window, Windows
+from fla_compile.passes.windows import ZERO, Row, Window, Windows, fixed
 
 
 @dataclass(frozen=True)
 class Head:
-    """What follows a convolution: SiLU or not, then a residual or not; `node` is the last, of which all else is part."""
+    """What follows a convolution: SiLU or not, then a residual or not; `node` is the last, `inner` all before it."""
 
     node: fx.Node
     silu: bool = False
@@ -81,46 +80,48 @@ class Emitter:
         size = self.size(conv.x, conv.time)
         return self.call(operator.sub, size, conv.left) if conv.left else size
 
-    def merged(self, conv: Conv, node: fx.Node) -> fx.Node:
-        """A tensor with x's axes as [B, T, D]."""
-        batch = [i for i in range(len(conv.labels)) if i != conv.time and i not in conv.channels]
-        node = self.permuted(node, [*batch, conv.time, *conv.channels])
-        if len(conv.channels) > 1:
-            node = self.call(torch.flatten, node, len(batch) + 1, -1)
-        if len(batch) > 1:
-            node = self.call(torch.flatten, node, 0, len(batch) - 1)
-        return node if batch else self.call(torch.unsqueeze, node, 0)
+    def steps(self, node: fx.Node, axis: int, start: int, length: Any) -> fx.Node:
+        """A slice; torch.narrow would make a dynamic length a constant."""
+        end = start + length if isinstance(length, int) else self.call(operator.add, length, start) if start else length
+        return self.call(operator.getitem, node, (*[slice(None)] * axis, slice(start, end)))
 
-    def restored(self, conv: Conv, node: fx.Node, order: Sequence[int | None]) -> fx.Node:
-        """[B, T, D] with the axes of x that `order` names, and axes of size 1 where it names none."""
-        shape = tensor_of(conv.x).shape
-        batch = [i for i in range(len(conv.labels)) if i != conv.time and i not in conv.channels]
-        if not batch:
-            node = self.call(torch.squeeze, node, 0)
-        elif len(batch) > 1:
-            node = self.call(torch.unflatten, node, 0, [self.size(conv.x, i) for i in batch])
-        if len(conv.channels) > 1:
-            node = self.call(torch.unflatten, node, -1, [int(shape[i]) for i in conv.channels])
-        have = [*batch, conv.time, *conv.channels]
-        named = [i for i in order if i is not None]
-        gone = [i for i in have if i not in named]  # of size 1
-        node = self.permuted(node, [have.index(i) for i in (*named, *gone)])
-        for _ in gone:
-            node = self.call(torch.squeeze, node, -1)
-        for place, i in enumerate(order):
-            if i is None:
-                node = self.call(torch.unsqueeze, node, place)
+    def relabelled(self, conv: Conv, node: fx.Node, have: Sequence[Labels], want: Sequence[Labels]) -> fx.Node:
+        """A tensor whose axes carry the labels `have`, with the axes `want`; time without a label is of size 1."""
+        if tuple(have) == tuple(want):
+            return node
+        for axis in reversed(range(len(have))):
+            if not have[axis]:
+                node = self.call(torch.squeeze, node, axis)
+            elif len(have[axis]) > 1:
+                node = self.call(torch.unflatten, node, axis, [self.extent(conv, label) for label in have[axis]])
+        labels, wanted = ([label for own in axes for label in own] for axes in (have, want))
+        if TIME in labels and TIME not in wanted:
+            node = self.call(torch.squeeze, node, labels.index(TIME))
+            labels.remove(TIME)
+        elif TIME in wanted and TIME not in labels:
+            node, labels = self.call(torch.unsqueeze, node, 0), [TIME, *labels]
+        node = self.permuted(node, [labels.index(label) for label in wanted])
+        for axis, own in enumerate(want):
+            if not own:
+                node = self.call(torch.unsqueeze, node, axis)
+            elif len(own) > 1:
+                node = self.call(torch.flatten, node, axis, axis + len(own) - 1)
         return node
 
+    def extent(self, conv: Conv, label: int) -> Any:
+        """The size of a label, as a number or a node."""
+        size = fixed(self.windows.space.sizes[label])
+        return size if isinstance(size, int) else self.size(conv.x, conv.labels.index((label,)))
+
     def size(self, node: fx.Node, axis: int) -> Any:
-        size = tensor_of(node).shape[axis]
+        size = fixed(tensor_of(node).shape[axis])
         return size if isinstance(size, int) else self.method("size", self.env.get(node, node), axis)
 
     def x(self, conv: Conv) -> fx.Node:
         node, size = self.held(conv.x), tensor_of(conv.x).shape[conv.time]
         if conv.first or not same_size(size, conv.length):
-            node = self.call(torch.narrow, node, conv.time, conv.first, self.length(conv))
-        return self.merged(conv, node)
+            node = self.steps(node, conv.time, conv.first, self.length(conv))
+        return self.relabelled(conv, node, conv.labels, conv.groups)
 
     def state(self, conv: Conv) -> fx.Node | None:
         """The steps before the first, [B, W - 1, D], None where all are zeros."""
@@ -144,7 +145,8 @@ class Emitter:
             if not same_size(tensor_of(first.node).shape[first.axis], len(rows)):
                 node = self.call(torch.narrow, node, first.axis, first.index, len(rows))
             parts.append(self.permuted(node, first.order))
-        return self.merged(conv, parts[0] if len(parts) == 1 else self.call(torch.cat, parts, conv.time))
+        whole = parts[0] if len(parts) == 1 else self.call(torch.cat, parts, conv.time)
+        return self.relabelled(conv, whole, conv.labels, conv.groups)
 
     def weight(self, conv: Conv) -> fx.Node:
         """[D, W]."""
@@ -165,18 +167,15 @@ class Emitter:
                 return None
         assert node is not None and axis is not None and axes is not None
         own = [label for axis_labels in axes for label in axis_labels]
-        if own != [conv.labels[i] for i in conv.channels] or tensor_of(node).shape[axis] != conv.width:
+        if own != list(conv.groups[2]) or tensor_of(node).shape[axis] != conv.width:
             return None
         order = [*(i for i in range(len(axes)) if i != axis), axis]
-        return self.call(torch.reshape, self.permuted(self.held(node), order), (self.channels(conv), conv.width))
-
-    def channels(self, conv: Conv) -> int:
-        return math.prod(int(tensor_of(conv.x).shape[i]) for i in conv.channels)
+        return self.call(torch.reshape, self.permuted(self.held(node), order), (-1, conv.width))
 
     def vector(self, conv: Conv, terms: Sequence[Term]) -> fx.Node:
         """A sum of products over channels as [D]."""
         total: fx.Node | None = None
-        sizes = [int(tensor_of(conv.x).shape[i]) for i in conv.channels]
+        sizes = [fixed(self.windows.space.sizes[label]) for label in conv.groups[2]]
         for term in terms:
             product: fx.Node | None = None
             for f in term.factors:
@@ -191,20 +190,10 @@ class Emitter:
         return total
 
     def factor(self, conv: Conv, f: Factor) -> fx.Node:
-        """A factor over channels, one axis for each of them, of size 1 where it has none."""
-        labels = [conv.labels[i] for i in conv.channels]
-        have = [label for own in f.axes for label in own]
-        node = self.part(f)
-        sizes = [1 if not own else -1 for own in f.axes]
-        if 1 in sizes:
-            kept = [int(self.windows.space.sizes[label]) for label in have]
-            node = self.call(torch.reshape, node, tuple(kept))
-        wanted = [label for label in labels if label in have]
-        node = self.permuted(node, [have.index(label) for label in wanted])
-        for i, label in enumerate(labels):
-            if label not in have:
-                node = self.call(torch.unsqueeze, node, i)
-        return node
+        """A factor over channels, one axis for each label of them, of size 1 where it has none."""
+        have = {label for own in f.axes for label in own}
+        wanted = [(label,) if label in have else () for label in conv.groups[2]]
+        return self.relabelled(conv, self.part(f), f.axes, wanted)
 
     def part(self, f: Factor) -> fx.Node:
         what = self.windows.atoms[f.atom]
@@ -214,21 +203,10 @@ class Emitter:
 
     def residual(self, conv: Conv, head: Head) -> fx.Node | None:
         if head.residual is not None:
-            node = self.held(head.residual)
-            named = [i for i in conv.order if i is not None]
-            missing = [i for i in range(len(conv.labels)) if i not in named]
-            for place in reversed([p for p, i in enumerate(conv.order) if i is None]):
-                node = self.call(torch.squeeze, node, place)
-            for _ in missing:
-                node = self.call(torch.unsqueeze, node, -1)
-            have = [*named, *missing]
-        elif conv.residual is not None:
-            node = self.part(conv.residual)
-            blank = [i for i, label in enumerate(conv.labels) if label is None]
-            have = [conv.labels.index(own[0]) if own else blank.pop(0) for own in conv.residual.axes]
-        else:
+            return self.relabelled(conv, self.held(head.residual), conv.dims, conv.groups)
+        if conv.residual is None:
             return None
-        return self.merged(conv, self.permuted(node, [have.index(i) for i in range(len(conv.labels))]))
+        return self.relabelled(conv, self.part(conv.residual), conv.residual.axes, conv.groups)
 
     def convolution(self, conv: Conv, head: Head, kernel: str, final: bool) -> tuple[fx.Node, fx.Node | None]:
         """The node that takes the place of the head, and the last W - 1 steps [B, W - 1, D] if asked for."""
@@ -247,7 +225,7 @@ class Emitter:
             last = self.call(operator.getitem, call, 1) if final else None
         else:
             y = self.cast(self.taps(conv, dtype, x, weight, bias, residual, state, head.silu), None, dtype)
-        return self.cast(self.restored(conv, y, conv.order), dtype, out), last
+        return self.cast(self.relabelled(conv, y, conv.groups, conv.dims), dtype, out), last
 
     def taps(
         self,
@@ -268,7 +246,7 @@ class Emitter:
             padded = self.call(torch.cat, [self.method("to", state, dtype), x], 1)
         z: fx.Node | None = None
         for j in range(W):
-            part = self.cast(self.call(torch.narrow, padded, 1, j, length), dtype, wide)
+            part = self.cast(self.steps(padded, 1, j, length), dtype, wide)
             term = self.call(torch.mul, part, self.call(torch.select, weight, 1, j))
             z = term if z is None else self.call(torch.add, z, term)
         assert z is not None

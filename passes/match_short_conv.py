@@ -201,7 +201,7 @@ def write(w: Windows, match: Match, graph: fx.Graph, env: dict[fx.Node, fx.Node]
         emitter = Emitter(w, graph, env, written(graph) if faked else set(), faked)
         with torch._guards.tracing(None), getattr(value, "fake_mode", None) or contextlib.nullcontext():
             result, last = emitter.convolution(conv, head, match.kernel, bool(states))
-            state = emitter.restored(conv, last, range(len(conv.labels))) if last is not None else None
+            state = emitter.relabelled(conv, last, conv.groups, conv.labels) if last is not None else None
     for node in emitter.added:
         node.meta.setdefault("stack_trace", conv.node.meta.get("stack_trace"))
     at.replace_all_uses_with(result)
@@ -209,6 +209,7 @@ def write(w: Windows, match: Match, graph: fx.Graph, env: dict[fx.Node, fx.Node]
     for node in states:
         assert state is not None
         node.replace_all_uses_with(state)
+        env[node] = state
     return emitter.added
 
 
@@ -282,7 +283,7 @@ def match_short_conv(gm: fx.GraphModule, *, validated: bool = True) -> Found:
     env: dict[fx.Node, fx.Node] = {}
     found.rewrites = [splice(w, match, graph, env) for match in reversed(matches)]
     found.refusals.reverse()
-    replaced = set[fx.Node]().union(*(match.nodes for match in matches))
+    replaced = set(env).union(*(match.nodes for match in matches))
     for node in reversed(list(graph.nodes)):
         if node in replaced and not node.users:
             graph.erase_node(node)

@@ -59,12 +59,25 @@ class Window:
     prefix: tuple[Row, ...] = ()
     suffix: int = 0
 
+    @property
+    def key(self) -> tuple:
+        """Equal for equal windows: sizes that are dynamic have no hash."""
+        return self.node, self.axis, _plain(self.start), _plain(self.length), self.prefix, self.suffix
+
 
 @dataclass(frozen=True)
 class Family:
     """Windows with the same axes, stacked along a new last axis."""
 
     members: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple:
+        return self.members
+
+
+def _plain(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def fixed(size: Any) -> Any:
@@ -92,7 +105,7 @@ class Windows:
     rules: Mapping[str, "Rule"]
     space: Space = field(default_factory=Space)
     atoms: list[Window | Family] = field(default_factory=list)
-    known: dict[Window | Family, int] = field(default_factory=dict)
+    known: dict[tuple, int] = field(default_factory=dict)
     values: dict[fx.Node, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,13 +141,13 @@ class Windows:
         return value if fits else None
 
     def atom(self, what: Window | Family) -> int:
-        if what not in self.known:
-            self.known[what] = len(self.atoms)
+        if what.key not in self.known:
+            self.known[what.key] = len(self.atoms)
             self.atoms.append(what)
-        return self.known[what]
+        return self.known[what.key]
 
     def whole(self, node: fx.Node) -> Value:
-        return self.space.atom(self.atom(Window(node)), tensor_of(node).shape)
+        return self.space.atom(self.atom(Window(node)), [fixed(size) for size in tensor_of(node).shape])
 
     def of(self, x: Any) -> Value:
         if isinstance(x, int | float):
@@ -195,10 +208,14 @@ class Windows:
     def grown(self, node: fx.Node, axis: int, before: Sequence[Row], after: int) -> Value:
         """`node` with steps before it, nearest first, and zeros after it."""
         value, size = self.of(node), tensor_of(node).shape[axis]
-        factor, length = self.single(value), fixed(size + len(before) + after)
-        if same_size(size, 1) or (any(row.node for row in before) and factor.axes != value.dims):
+        length, stated = fixed(size + len(before) + after), any(row.node is not None for row in before)
+        if not same_size(size, 1) and not stated:
+            if not all(any(value.dims[axis] in f.axes for f in t.factors) for t in value.terms):
+                raise NoNormalForm("zeros beside what is the same at every step")
+            return self.along(value, axis, length, lambda x: extended(x, before, after))
+        if same_size(size, 1) or self.single(value).axes != value.dims:
             # an axis without a label; or other axes than the steps before have
-            dims = tuple(self.space.axis(s) for s in tensor_of(node).shape)
+            dims = tuple(self.space.axis(fixed(s)) for s in tensor_of(node).shape)
             atom = self.atom(extended(Window(node, axis, 0, size), before, after))
             dims = (*dims[:axis], self.space.axis(length), *dims[axis + 1 :])
             return Value(dims, (Term(1.0, (Factor(atom, dims),)),))
