@@ -240,8 +240,13 @@ class Emitter:
     ) -> fx.Node:
         W, length = conv.width, self.length(conv)
         wide = torch.promote_types(dtype, torch.float32)
-        if state is None:
+        static = all(isinstance(fixed(size), int) for size in tensor_of(conv.x).shape)
+        if state is None and static:
             padded = self.call(F.pad, x, (0, 0, W - 1, 0))
+        elif state is None:  # F.pad would make the sizes constants
+            first = self.steps(x, 1, 0, 1)
+            zeros = self.method("expand", self.call(torch.zeros_like, first), -1, W - 1, -1)
+            padded = self.call(torch.cat, [zeros, x], 1)
         else:
             padded = self.call(torch.cat, [self.method("to", state, dtype), x], 1)
         z: fx.Node | None = None
