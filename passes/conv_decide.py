@@ -224,8 +224,8 @@ def interior_of(w: Windows, node: fx.Node) -> set[fx.Node]:
         if here in leaves or here in found or here not in w.values:
             continue
         found.add(here)
-        if w.values[here].terms:
-            todo += here.all_input_nodes
+        constant = not w.values[here].terms
+        todo += [n for n in here.all_input_nodes if not (constant and n in w.values and w.values[n].terms)]
     return found
 
 

@@ -19,6 +19,7 @@ from torch import fx
 from fla_compile.kernels.short_conv import kernel_name, supports
 from fla_compile.passes.conv_decide import Conv, decide, heavy, interior_of, leaves_of
 from fla_compile.passes.conv_emit import Emitter, Head
+from fla_compile.passes.inline_parts import inline_parts
 from fla_compile.passes.log_decay import op_name
 from fla_compile.passes.memory import _writes, memory, written
 from fla_compile.passes.normal_form import same_size
@@ -260,6 +261,7 @@ def splice(w: Windows, match: Match, graph: fx.Graph, env: dict[fx.Node, fx.Node
 def match_short_conv(gm: fx.GraphModule, *, validated: bool = True) -> Found:
     """Rewrite every short convolution of `gm`, in place."""
     found, graph = Found(), gm.graph
+    inline_parts(gm)
     if not any(op_name(node).rstrip("_") in TRIGGERS for node in graph.nodes):
         return found
     w = analyse(graph)

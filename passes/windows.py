@@ -16,16 +16,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fla_compile.passes.log_decay import op_name
 from fla_compile.passes.memory import _writes, memory
 from fla_compile.passes.normal_form import Factor, NoNormalForm, Space, Term, Value, same_size
-from fla_compile.passes.scans import ZEROS
 from fla_compile.passes.spellings import Call, call_of, tensor_of
 
 LONGEST_PREFIX = 32
 MAX_TERMS = 24
 MAX_FACTORS = 4
-CONSTANTS = ZEROS | {"full", "full_like", "new_full"}
 
 
 @dataclass(frozen=True)
@@ -228,7 +225,7 @@ class Windows:
         return value.terms[0].factors[0]
 
     def zeros(self, node: fx.Node) -> bool:
-        return op_name(node) in CONSTANTS and not self.values[node].terms
+        return not self.values[node].terms
 
 
 def _writes_of(node: fx.Node) -> frozenset[int]:
