@@ -83,6 +83,16 @@ def _einsum(w: Windows, node: fx.Node, call: Call) -> Value | None:
     return summed(w, product, range(len(output), len(names)), False) if len(names) > len(output) else product
 
 
+def _matmul(w: Windows, node: fx.Node, call: Call) -> Value | None:
+    """Matrices times matrices, with the same batch axes."""
+    a, b = w.of(call.args["input"]), w.of(call.args["other"])
+    if len(a.dims) != len(b.dims) or len(a.dims) < 2 or min(len(a.terms), len(b.terms)) > 1:
+        return None
+    left = Value((*a.dims, ()), a.terms)
+    right = Value((*b.dims[:-2], (), *b.dims[-2:]), b.terms)
+    return summed(w, nf.multiply(w.space, left, right), [len(a.dims) - 1], False)
+
+
 def _conv1d(w: Windows, node: fx.Node, call: Call) -> Value | None:
     """A depthwise convolution as the sum that it is."""
     x, weight, bias = call.args["input"], call.args["weight"], call.get("bias")
@@ -125,5 +135,6 @@ RULES: dict[str, Rule] = VIEW_RULES | {
     "lerp": _lerp,
     "sum": _sum,
     "einsum": _einsum,
+    **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     "conv1d": _conv1d,
 }

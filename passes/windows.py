@@ -9,7 +9,7 @@ is one sum of weights times windows of one tensor. Whatever has no rule here is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -210,12 +210,16 @@ class Windows:
             if not all(any(value.dims[axis] in f.axes for f in t.factors) for t in value.terms):
                 raise NoNormalForm("zeros beside what is the same at every step")
             return self.along(value, axis, length, lambda x: extended(x, before, after))
-        if same_size(size, 1) or self.single(value).axes != value.dims:
-            # an axis without a label; or other axes than the steps before have
+        axes = self.single(value).axes if stated else value.dims
+        if same_size(size, 1) or len(axes) != len(value.dims) or (axes != value.dims and not all(axes)):
+            # an axis without a label, or others than the steps before have
             dims = tuple(self.space.axis(fixed(s)) for s in tensor_of(node).shape)
             atom = self.atom(extended(Window(node, axis, 0, size), before, after))
             dims = (*dims[:axis], self.space.axis(length), *dims[axis + 1 :])
             return Value(dims, (Term(1.0, (Factor(atom, dims),)),))
+        order = tuple(value.dims.index(own) for own in axes) if axes != value.dims else None
+        if order is not None:
+            before = [row if row.node is None else replace(row, order=order) for row in before]
         return self.along(value, axis, length, lambda x: extended(x, before, after))
 
     def single(self, value: Value) -> Factor:
