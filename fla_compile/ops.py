@@ -16,6 +16,8 @@ from fla_compile.kernels.norm_gate import naive_norm_gate, norm_gate
 from fla_compile.kernels.norm_gate_linear import naive_norm_gate_linear, norm_gate_linear
 from fla_compile.kernels.rwkv6_ops import rwkv6
 from fla_compile.kernels.selective_scan import naive_selective_scan, selective_scan
+from fla_compile.kernels.short_conv import short_conv, short_conv_step
+from fla_compile.kernels.short_conv_naive import naive_short_conv, naive_short_conv_step
 
 __all__ = [
     "delta_rule",
@@ -39,11 +41,15 @@ __all__ = [
     "naive_retention",
     "naive_rwkv6",
     "naive_selective_scan",
+    "naive_short_conv",
+    "naive_short_conv_step",
     "naive_simple_gla",
     "norm_gate",
     "norm_gate_linear",
     "retention",
     "rwkv6",
     "selective_scan",
+    "short_conv",
+    "short_conv_step",
     "simple_gla",
 ]

@@ -29,15 +29,16 @@ REASONS = {
     "unsupported_statement": "The body contains a statement that has no counterpart in a scan.",
     "source_mismatch": "The function's source is not what it was compiled from.",
     "not_a_tensor": "What the loop indexes is a container, not a tensor.",
+    "taps": "The loop runs over the few taps of a window, not over time.",
     "index_axis": "The time index does not fall on an axis of the tensor.",
     "index_range": "The range leaves the time axis of a tensor.",
     "carry_not_tensor": "A carried value is neither a tensor nor a number to start a tensor from.",
     "carry_changes": "A carried tensor changes its shape, dtype or device in a step.",
 }
 
-# Tells no time loop from a loop over layers: the loop is left without a record.
+# Tells no time loop from a loop over layers, or over taps: the loop is left without a record.
 NO_TIME_LOOP = "not_a_tensor"
-SILENT = frozenset({NO_TIME_LOOP})
+SILENT = frozenset({NO_TIME_LOOP, "taps"})
 
 
 def is_time_loop(body: Body) -> bool:

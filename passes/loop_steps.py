@@ -13,6 +13,9 @@ import torch
 
 from fla_compile.passes.loop_refusal import fail
 
+# A loop of up to so many steps over windows that overlap is a convolution over its taps: left as it is written.
+MOST_TAPS = 8
+
 HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -130,6 +133,8 @@ def time_first(x: Any, axis: int, steps: tuple, begin: int, count: int, site: st
     elif gap == width:
         x = x.narrow(axis, low, count * width).unflatten(axis, (count, width)).movedim(axis, 0)
     else:
+        if gap < width and count <= MOST_TAPS and count < width:
+            fail("taps", "a few steps read windows that overlap", site)
         x = x.narrow(axis, low, (count - 1) * gap + width).unfold(axis, width, gap).movedim((axis, -1), (0, axis + 1))
     return x if stride > 0 else x.flip(0)
 

@@ -27,18 +27,19 @@ def check(
     inputs: Sequence[fx.Node],
     decays: dict[int, str],
     time: Any,
+    near: int = 0,
 ) -> float:
     """The largest relative error of `after`; raises `Refused("validation_failed")` beyond tolerance.
 
     `inputs` are the operands with their fake values; `decays` says which are decays ("decay") or their logarithms
-    ("log"), `time` is the size of the time axis.
+    ("log"), `time` is the size of the time axis. Numbers up to `near` away from it stand for it plus or minus a few.
     """
     largest = max(elements(node) for node in before.graph.nodes)
     steps = concrete(time)
     if largest > SMALL and steps > STEPS:
         try:
-            short = _shortened(before, time), _shortened(after, time)
-            return _compare(short[0], short[1], inputs, decays, lambda size: _short(size, time))
+            short = _shortened(before, time, near), _shortened(after, time, near)
+            return _compare(short[0], short[1], inputs, decays, lambda size: _short(size, time, near))
         except _CannotRun:
             if largest > LARGE:
                 raise Refused("validation_failed", f"{largest} elements are too many to run on random data") from None
@@ -63,23 +64,23 @@ def _double() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _short(size: Any, time: Any) -> int:
+def _short(size: Any, time: Any, near: int) -> int:
     """A size with fewer steps in it."""
     if isinstance(size, int):
-        return STEPS if isinstance(time, int) and size == time else size
+        return STEPS + size - time if isinstance(time, int) and abs(size - time) <= near else size
     if isinstance(time, int):
         return concrete(size)
     expression, known = size.node.expr, size.node.shape_env.var_to_val
     return int(expression.subs({s: STEPS if s == time.node.expr else known[s] for s in expression.free_symbols}))
 
 
-def _shortened(gm: fx.GraphModule, time: Any) -> fx.GraphModule:
+def _shortened(gm: fx.GraphModule, time: Any, near: int) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     if isinstance(time, int):
         for node in graph.nodes:
             node.args, node.kwargs = tree_map(
-                lambda x: STEPS if type(x) is int and x == time else x, (node.args, node.kwargs)
+                lambda x: _short(x, time, near) if type(x) is int else x, (node.args, node.kwargs)
             )
     return fx.GraphModule(gm, graph)
 

@@ -6,12 +6,13 @@ from typing import Protocol
 
 from torch import fx
 
-from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan  # noqa: F401
+from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan, short_conv  # noqa: F401
 from fla_compile.passes.fission import Delay, Window
 from fla_compile.passes.match_linear_cross_entropy import match_linear_cross_entropy
 from fla_compile.passes.match_norm_gate import match_norm_gate
 from fla_compile.passes.match_parallel import match_parallel
 from fla_compile.passes.match_recurrences import Known, match_recurrences
+from fla_compile.passes.match_short_conv import match_short_conv
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.recurrence import Elementwise, Generic, Recurrence, Stage
 from fla_compile.passes.scans import nested_graphs
@@ -23,6 +24,7 @@ from fla_compile.passes.updates import written_at
 # What is looked for after the recurrences, in this order, by the name of its pass.
 PATTERNS = {
     "parallel_attention": match_parallel,
+    "short_conv": match_short_conv,
     "norm_gate": match_norm_gate,
     "linear_cross_entropy": match_linear_cross_entropy,
 }

@@ -15,6 +15,7 @@ REASONS = {
     "intermediate_used": "A value inside the pattern, which the kernel never forms, is used elsewhere too.",
     "logits_used": "Logits, or a part of their loss, are used elsewhere too, so they are computed anyway.",
     "unsupported_loss": "What is made of the logits is no cross entropy that the kernel computes.",
+    "not_causal": "A convolution is padded as a causal one is, but other steps of it are kept.",
     "no_kernel": "The recurrence is known, but no kernel of ours takes it.",
     "validation_failed": "Loop and kernel gave different numbers on random data; please report it.",
 }

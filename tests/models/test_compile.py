@@ -20,9 +20,16 @@ NORM_GATES = {
 }
 
 
-def families(report: fla_compile.Report, pattern: str = "recurrence") -> tuple[str, ...]:
+def families(report: fla_compile.Report, case: Case) -> tuple[str, ...]:
+    """The families of the layers' recurrences, once each layer's convolutions are found too."""
     # the loss is computed beside the logits, as Hugging Face's models return both
     assert all(refusal.reason == "logits_used" for refusal in report.refusals), report
+    layers = of_pattern(report, "recurrence")
+    assert of_pattern(report, "short_conv") == ("short_conv",) * (case.convolutions * len(layers)), report
+    return layers
+
+
+def of_pattern(report: fla_compile.Report, pattern: str) -> tuple[str, ...]:
     return tuple(rewrite.family for rewrite in report.rewrites if rewrite.pattern == pattern)
 
 
@@ -42,8 +49,8 @@ def test_a_training_step_is_recognised_completely(case: Case) -> None:
     layers = 2 if "attn" in case.config else 1
     ids = tokens(2, 6)
     report = fla_compile.explain(case.new_model(num_hidden_layers=layers), ids, labels=ids)
-    assert families(report) == case.families[: len(case.families) * layers // 2]
-    assert families(report, "norm_gate") == NORM_GATES.get(str(case), ())
+    assert families(report, case) == case.families[: len(case.families) * layers // 2]
+    assert of_pattern(report, "norm_gate") == NORM_GATES.get(str(case), ())
 
 
 @pytest.mark.slow
@@ -52,13 +59,17 @@ def test_a_training_step_is_recognised_completely(case: Case) -> None:
 def test_training_prefill_padding_and_decoding_are_recognised(case: Case) -> None:
     model, ids = case.new_model(), tokens(2, 6)
     with torch.enable_grad():
-        assert families(fla_compile.explain(model, ids, labels=ids)) == case.families
+        assert families(fla_compile.explain(model, ids, labels=ids), case) == case.families
     model.eval()
     masked = case.families if case.masked_families is None else case.masked_families
-    assert families(fla_compile.explain(model, ids, use_cache=True)) == case.families
-    assert families(fla_compile.explain(model, ids, attention_mask=torch.ones_like(ids), use_cache=True)) == masked
+    assert families(fla_compile.explain(model, ids, use_cache=True), case) == case.families
+    assert (
+        families(fla_compile.explain(model, ids, attention_mask=torch.ones_like(ids), use_cache=True), case) == masked
+    )
     cache = model(ids, use_cache=True).past_key_values
-    assert families(fla_compile.explain(model, ids[:, :1], past_key_values=cache, use_cache=True)) == case.families
+    assert (
+        families(fla_compile.explain(model, ids[:, :1], past_key_values=cache, use_cache=True), case) == case.families
+    )
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ class Case:
     peer_layer: str = ""
     layer_arguments: dict[str, Any] = field(default_factory=lambda: {"hidden_size": 32, "num_heads": 2})
     label: str = ""
+    convolutions: int = 0  # short ones, in a layer
     without: tuple[str, ...] = ()  # fields of TINY that this config does not have
 
     def __str__(self) -> str:
@@ -88,7 +89,13 @@ class Case:
 MODELS = (
     Case("RetNet", ("retention",) * 2, masked_families=("simple_gla",) * 2),
     Case("GLA", ("gla",) * 2),
-    Case("GLA", ("gla",) * 2, {"use_short_conv": True, "num_heads": 4, "num_kv_heads": 2}, label="GLA-conv-grouped"),
+    Case(
+        "GLA",
+        ("gla",) * 2,
+        {"use_short_conv": True, "num_heads": 4, "num_kv_heads": 2},
+        label="GLA-conv-grouped",
+        convolutions=3,
+    ),
     Case(
         "GLA",
         ("gla",),
@@ -115,30 +122,45 @@ MODELS = (
         layer_arguments={"hidden_size": 32, "num_heads": 2, "num_key_value_heads": 2},
     ),
     Case("ABC", ("linear_attention + linear_scan",) * 2, {"num_slots": 16}),
-    Case("ABC", ("linear_attention + linear_scan",) * 2, {"num_slots": 16, "use_short_conv": True}, label="ABC-conv"),
+    Case(
+        "ABC",
+        ("linear_attention + linear_scan",) * 2,
+        {"num_slots": 16, "use_short_conv": True},
+        label="ABC-conv",
+        convolutions=3,
+    ),
     Case("GSA", ("gla",) * 2, {"num_slots": 16}),
     Case(
         "GSA",
         ("gla",) * 2,
         {"num_slots": 16, "num_kv_heads": 1, "use_short_conv": True, "feature_map": "t2r"},
         label="GSA-conv-grouped",
+        convolutions=3,
     ),
     Case("HGRN", ("linear_scan",) * 2, without=("num_heads",)),
-    Case("HGRN", ("linear_scan",) * 2, {"use_short_conv": True}, without=("num_heads",), label="HGRN-conv"),
+    Case(
+        "HGRN",
+        ("linear_scan",) * 2,
+        {"use_short_conv": True},
+        without=("num_heads",),
+        label="HGRN-conv",
+        convolutions=2,
+    ),
     Case("HGRN2", ("gla",) * 2, {"expand_ratio": None}),
-    Case("HGRN2", ("gla",) * 2, {"expand_ratio": None, "use_short_conv": True}, label="HGRN2-conv"),
+    Case("HGRN2", ("gla",) * 2, {"expand_ratio": None, "use_short_conv": True}, label="HGRN2-conv", convolutions=3),
     Case("RWKV6", ("rwkv6",) * 2, {"proj_low_rank_dim": 8, "gate_low_rank_dim": 8}),
     Case(
         "RWKV7",
         ("dplr",) * 2,
         {"head_dim": 16, **{f"{name}_low_rank_dim": 8 for name in ("decay", "gate", "a", "v")}},
     ),
-    Case("DeltaNet", ("delta_rule",) * 2),
+    Case("DeltaNet", ("delta_rule",) * 2, convolutions=3),
     Case(
         "DeltaNet",
         ("delta_rule",) * 2,
         {"use_gate": True, "use_beta": False, "allow_neg_eigval": True, "qk_activation": "elu", "qk_norm": "sum"},
         label="DeltaNet-gated",
+        convolutions=3,
     ),
     Case(
         "DeltaNet",
@@ -146,27 +168,30 @@ MODELS = (
         {"use_short_conv": False, "qk_activation": "relu", "expand_k": 0.5},
         label="DeltaNet-plain",
     ),
-    Case("GatedDeltaNet", ("gated_delta_rule",) * 2, {"head_dim": 16}),
+    Case("GatedDeltaNet", ("gated_delta_rule",) * 2, {"head_dim": 16}, convolutions=3),
     Case(
         "GatedDeltaNet",
         ("gated_delta_rule",) * 2,
         {"head_dim": 16, "num_v_heads": 4, "use_gate": False, "allow_neg_eigval": True},
         label="GatedDeltaNet-grouped",
+        convolutions=3,
     ),
-    Case("KDA", ("kda",) * 2, {"head_dim": 16}),
+    Case("KDA", ("kda",) * 2, {"head_dim": 16}, convolutions=3),
     Case(
         "KDA",
         ("kda",) * 2,
         {"head_dim": 16, "num_v_heads": 4, "expand_v": 2.0, "lower_bound": -5.0},
         label="KDA-grouped",
+        convolutions=3,
     ),
-    Case("Mamba", ("selective_scan",) * 2, without=STATE_SPACE),
-    Case("Mamba2", ("simple_gla",) * 2, {"head_dim": 16, "state_size": 8}, without=STATE_SPACE),
+    Case("Mamba", ("selective_scan",) * 2, without=STATE_SPACE, convolutions=1),
+    Case("Mamba2", ("simple_gla",) * 2, {"head_dim": 16, "state_size": 8}, without=STATE_SPACE, convolutions=1),
     Case(
         "Mamba2",
         ("simple_gla",) * 2,
         {"head_dim": 8, "state_size": 8, "D_has_hdim": True, "norm_before_gate": True, "dt_limit": (0.01, 0.2)},
         without=STATE_SPACE,
+        convolutions=1,
         label="Mamba2-limited",
     ),
     Case(
@@ -174,6 +199,7 @@ MODELS = (
         ("selective_scan",),
         {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 6}},
         without=STATE_SPACE,
+        convolutions=1,
     ),
     Case("Transformer", (), {"num_heads": 4, "num_kv_heads": 2}),
     Case("Transformer", (), {"window_size": 5, "qk_norm": True, "qkv_bias": True}, label="Transformer-window"),

@@ -1,0 +1,161 @@
+"""Launches the Triton kernels of the short convolution: configurations, allocation, grids.
+
+One table instead of autotuning. The steps that a program walks follow from the size of the problem and of the GPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fla_compile.kernels import short_conv_kernels as kernels
+
+__all__ = ["LARGEST_WIDTH", "TABLE", "Config", "backward", "config_for", "forward", "step"]
+
+LARGEST_WIDTH = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """`block_d` columns a program, `rows` steps loaded at once."""
+
+    block_d: int
+    rows: int
+    num_warps: int
+
+
+# By kernel, bytes of an element and the largest W of a row; the same for sm_80, 90 and 100: nothing but registers
+# counts here. No row spills; the tests prove it.
+TABLE: dict[tuple[str, int, int], Config] = {
+    ("forward", 2, 8): Config(256, 8, 2),
+    ("forward", 4, 8): Config(256, 8, 2),
+    ("backward", 2, 4): Config(256, 4, 2),
+    ("backward", 2, 8): Config(256, 4, 2),
+    ("backward", 4, 4): Config(256, 4, 2),
+    ("backward", 4, 8): Config(256, 2, 2),
+}
+
+# As many programs a multiprocessor as keep a GPU busy to the end, each of at least SHORTEST and at most LONGEST steps.
+PROGRAMS = {"forward": 16, "backward": 8}
+SHORTEST, LONGEST = 32, 256
+
+
+def config_for(kernel: str, nbytes: int, W: int) -> Config:
+    return next(c for (name, size, width), c in TABLE.items() if name == kernel and size == nbytes and width >= W)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    config: Config
+    block_d: int
+    steps: int  # of a segment
+    segments: int
+    blocks: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.segments * self.blocks,)
+
+
+def _plan(kernel: str, x: Tensor, W: int, config: Config | None) -> _Plan:
+    B, T, D = x.shape
+    config = config or config_for(kernel, x.element_size(), W)
+    block_d = min(config.block_d, triton.next_power_of_2(D))
+    blocks = triton.cdiv(D, block_d)
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 1
+    even = B * T * blocks // (PROGRAMS[kernel] * count)
+    steps = min(LONGEST, max(SHORTEST, triton.next_power_of_2(max(1, even))))
+    return _Plan(config, block_d, steps, B * triton.cdiv(T, steps), blocks)
+
+
+def _dense_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _places(cu_seqlens: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """For every step its place in its sequence, and which that is, [T] int32; the boundaries on the device."""
+    if cu_seqlens is None:
+        return None, None, None
+    ends = cu_seqlens.to(x.device, torch.int32)
+    t = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)
+    sequence = torch.searchsorted(ends[1:-1].contiguous(), t, right=True, out_int32=True)
+    return t - ends[sequence], sequence, ends
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+    cu_seqlens: Tensor | None,
+    config: Config | None = None,
+) -> Tensor:
+    """y [B, T, D]."""
+    x, weight = _dense_columns(x), weight.contiguous()
+    residual = None if residual is None else _dense_columns(residual)
+    T, D, W = x.shape[1], x.shape[2], weight.shape[1]
+    plan = _plan("forward", x, W, config)
+    position, sequence, _ = _places(cu_seqlens, x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernels.short_conv_forward_kernel[plan.grid](
+        x, weight, bias, residual, initial_state, position, sequence, y, T, plan.steps, D,
+        x.stride(0), x.stride(1), *((0, 0) if residual is None else residual.stride()[:2]),
+        W=W, BD=plan.block_d, ROWS=plan.config.rows, SILU=silu, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, HAS_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
+        num_warps=plan.config.num_warps,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+    cu_seqlens: Tensor | None,
+    dy: Tensor,
+    need_state: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dx [B, T, D], dweight [D, W] and dbias [D] in float32, dinitial_state [N, W - 1, D] in float32 or None."""
+    x, dy, weight = _dense_columns(x), _dense_columns(dy), weight.contiguous()
+    T, D, W = x.shape[1], x.shape[2], weight.shape[1]
+    plan = _plan("backward", x, W, config)
+    position, sequence, ends = _places(cu_seqlens, x)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts = torch.empty(plan.segments, W + 1, D, dtype=torch.float32, device=x.device)
+    options = dict(W=W, SILU=silu, HAS_BIAS=bias is not None, PACKED=cu_seqlens is not None)
+    strides = x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)
+    kernels.short_conv_backward_kernel[plan.grid](
+        x, weight, bias, initial_state, position, sequence, dy, dx, parts, T, plan.steps, D, *strides,
+        BD=plan.block_d, ROWS=plan.config.rows, HAS_STATE=initial_state is not None,
+        num_warps=plan.config.num_warps, **options,
+    )  # fmt: skip
+    dh = None
+    if initial_state is not None and need_state:
+        dh = torch.empty(initial_state.shape, dtype=torch.float32, device=x.device)
+        kernels.short_conv_state_grad_kernel[(initial_state.shape[0] * plan.blocks,)](
+            x, weight, bias, initial_state, ends, dy, dh, T, D, *strides,
+            BD=plan.block_d, num_warps=plan.config.num_warps, **options,
+        )  # fmt: skip
+    total = parts.sum(0)
+    return dx, total[:W].T, total[W], dh
+
+
+def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu: bool) -> Tensor:
+    """y [B, D] of x [B, D]; the state [B, W - 1, D], dense, moves on by one row."""
+    x, weight = _dense_columns(x), weight.contiguous()
+    residual = None if residual is None else _dense_columns(residual)
+    B, D = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_d = min(256, triton.next_power_of_2(D))
+    kernels.short_conv_step_kernel[(B * triton.cdiv(D, block_d),)](
+        x, weight, bias, residual, state, y, D, x.stride(0), 0 if residual is None else residual.stride(0),
+        W=weight.shape[1], BD=block_d, SILU=silu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        num_warps=2,
+    )  # fmt: skip
+    return y
