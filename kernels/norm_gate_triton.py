@@ -32,7 +32,7 @@ def norm_gate_forward_kernel(
     p_x, p_g, p_w, p_b, p_y, p_rstd, p_mean,
     rows, groups, eps, x_count, x_outer, x_inner, g_count, g_outer, g_inner,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, LAYER: tl.constexpr, SILU: tl.constexpr,
-    GATE_FIRST: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr,
+    GATE_FIRST: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     o_r, o_d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
     m_r = o_r < rows
@@ -52,11 +52,13 @@ def norm_gate_forward_kernel(
     b_rstd = tl.rsqrt(tl.sum(b_u * b_u, 1) / D + eps)
     tl.store(p_rstd + o_r, b_rstd, mask=m_r)
     b_n = b_u * b_rstd[:, None]
-    o_w = (o_r % groups)[:, None] * D + o_d[None, :]
+    o_w, m_w = o_d[None, :], (o_d < D)[None, :]
+    if GROUPED:
+        o_w += (o_r % groups)[:, None] * D
     if HAS_W:
-        b_n *= tl.load(p_w + o_w, mask=m, other=0.0).to(tl.float32)
+        b_n *= tl.load(p_w + o_w, mask=m_w, other=0.0).to(tl.float32)
     if HAS_B:
-        b_n += tl.load(p_b + o_w, mask=m, other=0.0).to(tl.float32)
+        b_n += tl.load(p_b + o_w, mask=m_w, other=0.0).to(tl.float32)
     if not GATE_FIRST:
         b_n *= b_a
     tl.store(p_y + o_r.to(tl.int64)[:, None] * D + o_d[None, :], b_n.to(p_y.dtype.element_ty), mask=m)
@@ -164,6 +166,7 @@ def launch_forward(
     D, rows = form.width, x.numel() // form.width
     config = config or config_for(D, x.element_size())
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    groups = groups_of(weight, bias, D)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.layer else None
     if not rows:
@@ -171,9 +174,10 @@ def launch_forward(
     x, *x_rows = as_rows(x, D)
     gate, *g_rows = as_rows(gate, D)
     norm_gate_forward_kernel[(triton.cdiv(rows, config.rows),)](
-        x, gate, weight, bias, y, rstd, mean, rows, groups_of(weight, bias, D), form.eps, *x_rows, *g_rows,
+        x, gate, weight, bias, y, rstd, mean, rows, groups, form.eps, *x_rows, *g_rows,
         D=D, BR=config.rows, BD=triton.next_power_of_2(D), LAYER=form.layer, SILU=form.silu,
-        GATE_FIRST=form.gate_first, HAS_W=weight is not None, HAS_B=bias is not None, num_warps=config.num_warps,
+        GATE_FIRST=form.gate_first, HAS_W=weight is not None, HAS_B=bias is not None, GROUPED=groups > 1,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return y, rstd, mean
 

@@ -85,8 +85,8 @@ class Search:
 
     def match(self, seed: fx.Node) -> tuple[fx.Node, Reading, Values] | None:
         """The last node of a pattern around a reduction."""
-        region = self.behind(seed)
-        if not any(n in self.gated for n in (*region, *self.flow.inputs(seed))):
+        region = [n for n in self.behind(seed) if n in self.gated]
+        if not region:
             return None
         for base in self.bases(seed):
             cuts = self.gates if base is None else {*self.gates, base}

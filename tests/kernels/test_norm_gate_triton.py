@@ -112,7 +112,7 @@ def compile_kernel(kernel, arch, width, nbytes, config, form):
         D=width, BR=config.rows if forward else config.backward_rows, BD=triton.next_power_of_2(width),
         LAYER=form.layer, SILU=form.silu, GATE_FIRST=form.gate_first, HAS_W=True, HAS_B=form.layer,
     )  # fmt: skip
-    constants |= {} if forward else {"STORE_Y": True}
+    constants |= {"GROUPED": form.layer} if forward else {"STORE_Y": True}
     constants |= {} if form.layer else {"p_mean": None, "p_b": None, "p_db": None}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
