@@ -2,8 +2,8 @@
 
 A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Launches: `split`, and
 the two shapes of pass of the fused one, whose programs hold a state of all rows of the class and block_v columns:
-`wide` with K rows (the output and dv) and `tall` with V rows (dq and dk). Families: `row` (no decay, or one per head or
-row) and `key` (one per key). Head size classes bound the larger of K and V, or the rows of the state.
+`wide` with K rows (the output and dv) and `tall` with V rows (dq and dk). Families: `row` (no decay, or one a head or
+row) and `key` (one a key). Head size classes bound the larger of K and V, or the rows of the state.
 Where there are no rows for a pass, the split launch runs. The tests hold every row to the shared memory and the stack
 that it states; where a row spills registers, that was measured to be faster than the rows that do not.
 """
@@ -20,8 +20,8 @@ KINDS = {"none": "row", "constant": "row", "scalar": "row", "vector": "key"}
 
 @dataclass(frozen=True)
 class Config:
-    """`chunk` rows a chunk; `block_k`, `block_v` the largest tile sides; `shared` the most bytes of shared memory that a
-    kernel needs, `stack` of local memory."""
+    """`chunk` rows a chunk; `block_k`, `block_v` the largest tile sides; `shared` the most bytes of shared memory that
+    a kernel needs, `stack` of local memory."""
 
     chunk: int
     block_k: int

@@ -3,8 +3,8 @@
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
 
 Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Where these are
-too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the sums
-are chained to the state before each segment, and the segments then run side by side.
+too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the
+sums are chained to the state before each segment, and the segments then run side by side.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,14 @@ from torch import Tensor
 from fla_compile.kernels.decay_configs import Config, configs_for
 from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
-from fla_compile.kernels.decay_triton_common import KINDS, device_arch, multiprocessors, pad_block, precision, shared_limit
+from fla_compile.kernels.decay_triton_common import (
+    KINDS,
+    device_arch,
+    multiprocessors,
+    pad_block,
+    precision,
+    shared_limit,
+)
 
 __all__ = ["Scans", "plan_scans", "scan_backward", "scan_forward"]
 
@@ -37,8 +44,8 @@ def chain_segments_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """p_u [B, segments, H, K, V] holds what each segment adds, and gets the state before it; one program for each
-    (b, h) and block of the state. p_gt: the segments' log decays, [B, segments, H], or [B, segments, H, K] in base 2."""
+    """p_u [B, segments, H, K, V] holds what each segment adds, and gets the state before it; one program for
+    each (b, h) and block of the state. p_gt: the segments' log decays [B, segments, H], or, in base 2, [.., K]."""
     NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
     i_p = tl.program_id(0)
     i_bh = i_p // NB
@@ -127,7 +134,8 @@ def _launch(
     numbers = *scales, plan.T, plan.length(config), plan.segments
     meta = dict(
         H=plan.H, X=X, W=W, C=config.chunk, BX=BX, BW=BW, REVERSE=reverse, FINAL=st is not None, TRANSPOSED=tall,
-        HAS_S0=s0 is not None, EVEN=plan.T % config.chunk == 0, PRECISION=plan.precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        HAS_S0=s0 is not None, EVEN=plan.T % config.chunk == 0, PRECISION=plan.precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if plan.kind != "vector":
         n_g = plan.B * plan.T * plan.H

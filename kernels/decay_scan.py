@@ -3,25 +3,27 @@
     forward   y_i = x_i^T S_i      S_i = a_i S_{i-1} + z_i w_i^T
     reverse   y_j = x_j^T R_j      R_j = a_{j+1} R_{j+1} + z_j w_j^T
 
-Shapes: x, z [B, T, H, X]; w, y [B, T, H, W]; the log decay g absent, [H] or [B, T, H]. With a_t = exp(g_t) the output and
-all three gradients of o_t = scale * S_t^T q_t, S_t = a_t S_{t-1} + k_t v_t^T are such passes:
+Shapes: x, z [B, T, H, X]; w, y [B, T, H, W]; the log decay g absent, [H] or [B, T, H]. With a_t = exp(g_t) the output
+and all three gradients of o_t = scale * S_t^T q_t, S_t = a_t S_{t-1} + k_t v_t^T are such passes:
 
     o  = scale * forward(q, k, v)        dq = scale * forward(do, v, k)
     dk = scale * reverse(v, do, q)       dv = scale * reverse(k, q, do)
 
 In chunks of C rows, with c_i the sum of g from the start of the chunk to row i and L its last,
 
-    forward   y_i = e^{c_i} x_i^T S + sum_{j <= i} (x_i . z_j) e^{c_i - c_j} w_j       S' = e^L S + sum_j e^{L - c_j} z_j w_j^T
-    reverse   y_j = e^{L - c_j} x_j^T R + sum_{i >= j} (x_j . z_i) e^{c_i - c_j} w_i   R' = e^L R + sum_i e^{c_i} z_i w_i^T
+    forward   y_i = e^{c_i} x_i^T S + sum_{j <= i} (x_i . z_j) e^{c_i - c_j} w_j
+              S'  = e^L S + sum_j e^{L - c_j} z_j w_j^T
+    reverse   y_j = e^{L - c_j} x_j^T R + sum_{i >= j} (x_j . z_i) e^{c_i - c_j} w_i
+              R'  = e^L R + sum_i e^{c_i} z_i w_i^T
 
 All exponents are <= 0 where g <= 0. The decay's gradient at row t collects every path from j < t to i >= t. Both passes
 over K blocks know a share of it, and together all: with S before a chunk and D = R after it,
 
     dg_t = sum_{i >= t} q_i dq_i + sum_{j < t} k_j dk_j + e^L <S, D> - sum_j k_j dk"_j
 
-within the chunk, where dq and dk are taken without the terms i = j, and dk" is the part of dk that does not go through D:
-what the first two sums count of pairs on one side of t, the last one takes away. The pass for dq writes the first term
-and S; the pass for dk the others. No sum leaves its chunk, so paths that a strong decay has cut contribute nothing.
+within the chunk, where dq and dk are taken without the terms i = j, and dk" is the part of dk that does not go through
+D: what the first two sums count of pairs on one side of t, the last one takes away. The pass for dq writes the first
+term and S; the pass for dk the others. No sum leaves its chunk: paths that a strong decay has cut contribute nothing.
 
 Time may be cut into segments of L steps, each its own program with its own initial state (`decay_segments`).
 Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
@@ -32,7 +34,18 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_triton_common import NO_DECAY, row_decay
 
-__all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_kernel", "load_state", "load_tile", "segment_program", "store_state", "store_tile", "tile_mask"]
+__all__ = [
+    "KEYS",
+    "PLAIN",
+    "QUERIES",
+    "chunk_scan_kernel",
+    "load_state",
+    "load_tile",
+    "segment_program",
+    "store_state",
+    "store_tile",
+    "tile_mask",
+]
 
 # What a pass computes beside y: nothing, or its share of the decay's gradient as the pass for dq or for dk.
 PLAIN = tl.constexpr(0)

@@ -12,11 +12,11 @@ middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and
     e_i = c_i - m     x~_i = x_i exp(e_i)     z~_j = z_j exp(-e_j)     S~ = exp(m) S
     y_i = x~_i^T S~ + sum_{j <= i} (x~_i . z~_j) w_j      S' = exp(m) (S~ + sum_j z~_j w_j^T)
 
-and in reverse with -e in the place of e; over W the factors go to w and y instead of z and x. The factors are rounded to
-the operands' dtype, which costs no more than its rounding of x and z as long as they are in range: sum_i |g_i| of a chunk
-must stay below a limit. The pass writes the largest such sum it met, and where that is above the limit a second launch
-of the same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time; elsewhere it
-returns at once. So ordinary decays run at the speed of matrix products, and any decay gives the right numbers.
+and in reverse with -e in the place of e; over W the factors go to w and y instead of z and x. The factors are rounded
+to the operands' dtype, which costs no more than its rounding of x and z as long as they are in range: sum_i |g_i| of a
+chunk must stay below a limit. The pass writes the largest such sum it met, and where that is above the limit a second
+launch of the same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time;
+elsewhere it returns at once. So ordinary decays run at the speed of matrix products, and any decay is right.
 
 The decay's gradient, as in `decay_scan` but for each channel and with elementwise products: with dq" and dk" the parts
 inside a chunk without their diagonal,
@@ -32,7 +32,6 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_scan import (
     KEYS,
-    PLAIN,
     QUERIES,
     load_state,
     load_tile,
@@ -75,7 +74,7 @@ def chunk_scan_rows_kernel(
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
@@ -170,14 +169,15 @@ def chunk_scan_columns_kernel(
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gate is over W, the columns of the state; BX covers X. Arguments as for `chunk_scan_kernel`; p_dg
-    [B, T, H, W] is written by the pass for dq and completed by the pass for dk, whose chunks and blocks are the same."""
+    [B, T, H, W] is written by the pass for dq and completed by the pass for dk, which cuts into the same chunks and
+    blocks."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
     elif PART == KEYS:
         if tl.load(p_range + tl.program_id(0)) > limit:
             return
-    i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     i_state = i_nh * tl.cdiv(L, C)

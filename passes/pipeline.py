@@ -20,7 +20,6 @@ from fla_compile.passes.share_states import share_states
 from fla_compile.passes.step import Step
 from fla_compile.passes.updates import written_at
 
-
 # What is looked for after the recurrences, in this order, by the name of its pass.
 PATTERNS = {
     "parallel_attention": match_parallel,
