@@ -176,7 +176,7 @@ inputs = q, k, v, torch.nn.functional.logsigmoid(torch.randn(2, 48, 2, 16))
 assert "fla_compile" not in sys.modules
 got = run(torch.compile(naive, backend="fla", fullgraph=True), inputs)
 for a, b in zip(got, run(naive, inputs), strict=True):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()  # the first gradient of g is zero, of numbers that cancel
 import fla_compile
 
 report = fla_compile.explain(naive, *inputs)
