@@ -38,7 +38,7 @@ TABLE: dict[tuple[int, int], Config] = {
     (512, 4): Config(2, 4, 2, 4, 8),
     (1024, 4): Config(1, 4, 1, 4, 8),
     (2048, 4): Config(1, 8, 1, 8, 4),
-    (4096, 4): Config(1, 8, 1, 16, 2),
+    (4096, 4): Config(1, 16, 1, 16, 2),
 }
 LARGEST_WIDTH = max(width for width, _ in TABLE)
 

@@ -22,7 +22,7 @@ from fla_compile.passes.memory import _writes, memory
 from fla_compile.passes.norm_gate_check import check
 from fla_compile.passes.norm_gate_emit import emit, plan
 from fla_compile.passes.norm_gate_search import Search
-from fla_compile.passes.norm_gate_uses import Match, between, check_uses
+from fla_compile.passes.norm_gate_uses import Match, between, check_uses, switches_gradients
 from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.scans import needs_gradient
@@ -59,7 +59,7 @@ def decide(search: Search, seed: fx.Node, kernel: bool | None) -> Match | None:
 
 def follow(search: Search, match: Match) -> Match:
     """Take in the linear layer behind a pattern, where its gradient would keep the pattern's result."""
-    if not match.emission.operator or not any(needs_gradient(n) for n in match.inputs):
+    if not match.emission.operator or not needs_gradient(match.root):
         return match
     path, node = list[fx.Node](), match.root
     while len(readers := {user for user, _ in search.flow.readers(node)}) == 1:
@@ -68,19 +68,20 @@ def follow(search: Search, match: Match) -> Match:
         if call is not None and call.name == "linear":
             weight, bias = call.get("weight"), call.get("bias")
             value, data = tensor_of(weight), call.get("input")
-            if value is None or path[-1:] not in ([], [data]) or data not in (match.root, *path):
+            if value is None or data is not (path[-1] if path else match.root):
+                return match
+            if switches_gradients(search, data, node):
                 return match
             same = value.dtype == tensor_of(data).dtype == tensor_of(node).dtype
             cast = active(value.device.type, regions_at(node))
             emission = match.emission.with_linear(data, weight, bias)
             if not same or cast or emission is None:
                 return match
-            written = any(list(search.flow.writes_between(n, node)) for n in emission.leaves)
+            if any(list(search.flow.writes_between(n, node)) for n in emission.leaves):
+                return match
             interior = (*match.interior, *path, node)
             inputs = dict.fromkeys((*match.inputs, *(n for n in (weight, bias) if n is not None)))
-            return match if written else replace(
-                match, root=node, interior=interior, inputs=tuple(inputs), emission=emission
-            )  # fmt: skip
+            return replace(match, root=node, interior=interior, inputs=tuple(inputs), emission=emission)
         if not is_reshape(node):
             break
         path.append(node)
@@ -184,7 +185,7 @@ def match_norm_gate(gm: fx.GraphModule, *, validated: bool = True, kernel: bool 
         matches.append(match)
         taken.update(match.interior)
     replaced: dict[fx.Node, fx.Node] = {}
-    for match in matches:
+    for match in sorted(matches, key=lambda match: search.flow.order[match.root]):
         found.rewrites.append(rewrite(search, match, replaced))
     found.refusals = list(dict.fromkeys(found.refusals))
     if replaced:

@@ -106,7 +106,7 @@ class Search:
         value = tensor_of(node)
         if value is None or not value.dtype.is_floating_point:
             return None
-        found = read(values.of(node))
+        found = read(values.opened(node) if node in self.gates else values.of(node))
         whole = found is not None and all(
             same_size(tensor_of(n).numel(), value.numel()) for n in (found.x, found.gate)
         )  # fmt: skip

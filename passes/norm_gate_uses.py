@@ -60,9 +60,8 @@ def check_uses(search: Search, match: Match) -> bool:
     """Refuse where a value inside is used elsewhere; False where the program is another one for it."""
     flow, members = search.flow, set(match.interior)
     source = short_source(source_of(match.root))
-    first = flow.order[match.interior[0]]
     last = flow.order[match.root]
-    if any(op_name(n) in GRAD_MODES for n in span(search, first, last)):
+    if switches_gradients(search, match.interior[0], match.root):
         return False
     for node in match.interior:
         if node is match.root:
@@ -89,9 +88,13 @@ def check_uses(search: Search, match: Match) -> bool:
         if any(writer not in members for writer, _ in flow.writes_between(leaf, match.root)):
             return False
         later = any(writes & memory(leaf) for writer, writes in flow.writers if flow.order[writer] > last)
-        if later and any(needs_gradient(n) for n in match.inputs):
+        if later and needs_gradient(match.root):
             raise Refused("mutates_input", f"{leaf.name} is written over, and the kernel's gradient needs it", source)
     return True
+
+
+def switches_gradients(search: Search, first: fx.Node, last: fx.Node) -> bool:
+    return any(op_name(n) in GRAD_MODES for n in span(search, search.flow.order[first], search.flow.order[last]))
 
 
 def span(search: Search, first: int, last: int) -> Iterator[fx.Node]:

@@ -45,15 +45,19 @@ class Values:
 
     def of(self, node: fx.Node) -> Poly:
         if node not in self.known:
-            try:
-                self.known[node] = self._compute(node)
-            except (Opaque, OverflowError, ZeroDivisionError):
-                self.known[node] = leaf(node)
+            self.known[node] = leaf(node) if node in self.cuts else self.opened(node)
         return self.known[node]
+
+    def opened(self, node: fx.Node) -> Poly:
+        """The same for a node that is itself a leaf to others."""
+        try:
+            return self._compute(node)
+        except (Opaque, OverflowError, ZeroDivisionError):
+            return leaf(node)
 
     def _compute(self, node: fx.Node) -> Poly:
         value, call = tensor_of(node), call_of(node)
-        if node in self.cuts or call is None or value is None or not value.dtype.is_floating_point:
+        if call is None or value is None or not value.dtype.is_floating_point:
             return leaf(node)
         call = self.as_read(node, call)
         if is_reshape(node):

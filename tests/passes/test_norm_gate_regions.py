@@ -105,7 +105,7 @@ def test_the_linear_layer_stays_under_autocast():
 @torch.no_grad()
 def test_the_linear_layer_stays_where_no_gradient_is_wanted():
     backend = NormGates()
-    x, g, w, p = operands("btd btd d vd", d=D)
+    x, g, w, p = (x.requires_grad_() for x in operands("btd btd d vd", d=D))
     torch.compile(lambda x, g, w, p: F.linear(gated(x, g, w), p), backend=backend, fullgraph=True)(x, g, w, p)
     assert "linear" in backend.targets and "norm_gate.default" in backend.targets
 
@@ -186,6 +186,16 @@ def test_in_checkpoints_and_layer_after_layer(operators):
     assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), args)
     assert [r.family for r in backend.report.rewrites] == [RMS_SILU + " + linear"] * 4
     assert backend.report.refusals == ()
+
+
+def test_a_gate_that_is_a_gated_norm():
+    """The second is begun before the first, and needs its result."""
+
+    def fn(x, g, w):
+        n = F.rms_norm(x + 1, (D,), w, 1e-5)
+        return n * F.silu(gated(x, g, w))
+
+    assert_matched(fn, operands("btd btd d", d=D), RMS_SILU, RMS_SILU)
 
 
 def recurrence(q, k, v, g):

@@ -54,7 +54,7 @@ def assert_matched(
     assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True, **how), args, tolerance)
     found = backend.found[-1]
     assert found.refusals == [], found.refusals
-    assert tuple(r.family for r in found.rewrites) == families
+    assert tuple(r.family for r in found.rewrites) == families, found.rewrites
     assert all(r.pattern == "norm_gate" and r.source.startswith("test_") for r in found.rewrites)
     assert sum(t in ("norm_gate.default", "norm_gate_linear.default") for t in backend.targets) == len(families)
     assert not (GONE & set(backend.targets)) - set(left), backend.targets
