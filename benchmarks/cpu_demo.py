@@ -4,6 +4,7 @@
     python benchmarks/cpu_demo.py step      # a whole training step; plain torch.compile gets --limit seconds
     python benchmarks/cpu_demo.py loss      # validation loss after --steps steps, same seed
     python benchmarks/cpu_demo.py memory    # peak memory of a training step
+    python benchmarks/cpu_demo.py head      # a last layer of 32,000 classes and its loss, with and without logits
     python benchmarks/cpu_demo.py first     # the first call, cold and warm, and where the time goes
     python benchmarks/cpu_demo.py all
 
@@ -116,12 +117,32 @@ def measure_memory(job: dict[str, Any]) -> dict[str, float]:
     """
     step = make_step(job)
     step()
+    peak, before = peak_memory(step)
+    return {"peak MiB": peak, "held between steps MiB": before}
+
+
+def peak_memory(step: Callable[[], Any]) -> tuple[float, float]:
+    """MiB that a call needs at its peak above what is held before it, and that."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = memory_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     step()
-    return {"peak MiB": memory_status("VmHWM") - before, "held between steps MiB": before}
+    return memory_status("VmHWM") - before, before
+
+
+def measure_head(job: dict[str, Any]) -> dict[str, float]:
+    """A last layer of more classes than the demo's 256, and its loss: forward and backward."""
+    N, D, V = job["N"], 256, 32000
+    torch.manual_seed(0)
+    x, head, target = torch.randn(N, D, requires_grad=True), torch.nn.Linear(D, V, bias=False), torch.randint(V, (N,))
+    f = compiled(lambda x: F.cross_entropy(head(x).float(), target), job["backend"])
+
+    def step() -> None:
+        torch.autograd.grad(f(x), (x, head.weight))
+
+    seconds = median_seconds(step, most=job["repeats"])
+    return {"peak MiB": peak_memory(step)[0], "s": seconds}
 
 
 # By Dynamo's own timers: each phase is one timer less another that runs inside it.
@@ -157,6 +178,7 @@ MEASURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "step": measure_step,
     "loss": measure_loss,
     "memory": measure_memory,
+    "head": measure_head,
     "first": measure_first,
 }
 
@@ -218,6 +240,12 @@ def run_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def run_head(args: argparse.Namespace) -> list[dict[str, Any]]:
+    job = {"N": 2048, "repeats": args.repeats}
+    backends = ("eager", LOGITS, "fla")
+    return [{"backend": b, **job, **measure("head", args.limit, backend=b, **job)} for b in backends]
+
+
 def run_first(args: argparse.Namespace) -> list[dict[str, Any]]:
     job = {"backend": "fla", "B": args.batch, "T": args.lengths[0]}
     with tempfile.TemporaryDirectory() as cache:
@@ -231,6 +259,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "step": run_step,
     "loss": run_loss,
     "memory": run_memory,
+    "head": run_head,
     "first": run_first,
 }
 

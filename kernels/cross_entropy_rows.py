@@ -59,18 +59,19 @@ def torch_rows(
     if loss.softcap:
         t = torch.tanh(z / loss.softcap)
         z, slope = loss.softcap * t, 1.0 - t * t
-    lse = torch.logsumexp(z, 1)
+    lse = torch.logsumexp(z, 1) if loss.z_loss else None
+    logp = torch.log_softmax(z, 1)
     valid = target != loss.ignore_index
     index = torch.where(valid, target, 0).unsqueeze(1)  # [n, 1]
-    losses = lse - (1.0 - smoothing) * z.gather(1, index).squeeze(1)
+    losses = (smoothing - 1.0) * logp.gather(1, index).squeeze(1)
     if smoothing:
-        losses = losses - smoothing * z.mean(1)
-    if loss.z_loss:
+        losses = losses - smoothing * logp.mean(1)
+    if lse is not None:
         losses = losses + loss.z_loss * lse * lse
     if out is not None:
         assert scale is not None
-        grad = torch.exp(z - lse.unsqueeze(1))
-        if loss.z_loss:
+        grad = logp.exp_()
+        if lse is not None:
             grad *= (1.0 + 2.0 * loss.z_loss * lse).unsqueeze(1)
         if smoothing:
             grad -= smoothing / z.shape[1]
@@ -78,7 +79,9 @@ def torch_rows(
         if slope is not None:
             grad *= slope
         grad *= (scale * loss.logit_scale).unsqueeze(1)
-        out.copy_(grad.masked_fill_(~valid.unsqueeze(1), 0.0))
+        out.copy_(grad)
+        if out.device.type != "cpu" or not valid.all():
+            out.masked_fill_(~valid.unsqueeze(1), 0.0)  # a product with zero would keep infinities
     return losses.masked_fill(~valid, 0.0)
 
 

@@ -38,7 +38,7 @@ LOGITS = 272 << 20
 WIDER = 256 << 20
 FEW = 4
 TILE = 128, 256
-CPU_LOGITS = 1 << 22  # elements: 16 MiB of float32
+CPU_LOGITS = 1 << 20  # elements: 4 MiB of float32
 CPU_ROWS = 128  # fewer rows read all of W for too little work
 
 # (products a [n, V], first row) -> losses [n]; with gradients wanted, a is overwritten by dl/da

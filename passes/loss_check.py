@@ -58,6 +58,19 @@ def _cut_off(label: Label) -> int:
     return max((abs(c.span[0] or 0) + abs(c.span[1] or 0) + _cut_off(c) for c in label.cuts), default=0)
 
 
+def needed(losses: Losses, frontier: fx.Node, root: fx.Node) -> list[fx.Node]:
+    """The nodes from the layer `root` to a value, in order."""
+    found, todo = set[fx.Node](), [frontier]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += losses.writes.get(node, [])
+            if node is not root:
+                todo += [n for n in node.all_input_nodes if n in losses.values or n in losses.pairs]
+    return [node for node in frontier.graph.nodes if node in found]
+
+
 class Program:
     """The operations from the layer to the loss, at small sizes, as a graph of `operands`."""
 
@@ -85,12 +98,12 @@ class Program:
         self.has_bias = root.bias is not None
         if root.bias is not None:
             self.add(root.bias, self.random(V))
-        for node in self.needed(frontier):
+        for node in needed(losses, frontier, root.node):
             if node is not root.node and losses.values.get(node) is not None:
                 for operand in node.all_input_nodes:
                     self.operand(operand)
         env: dict[fx.Node, fx.Node] = {}
-        for node in self.needed(frontier):
+        for node in needed(losses, frontier, root.node):
             env[node] = self.logits() if node is root.node else self.copied(node, env)
         self.graph.output((env[frontier],))
 
@@ -98,18 +111,6 @@ class Program:
         if node not in self.inputs:
             self.inputs[node] = self.graph.placeholder(f"operand_{len(self.operands)}")
             self.operands.append(value)
-
-    def needed(self, frontier: fx.Node) -> list[fx.Node]:
-        found, todo = set[fx.Node](), [frontier]
-        while todo:
-            node = todo.pop()
-            if node not in found:
-                found.add(node)
-                todo += self.losses.writes.get(node, [])
-                if node is not self.loss.value.root.node:
-                    known = self.losses.values.keys() | self.losses.pairs
-                    todo += [n for n in node.all_input_nodes if n in known]
-        return [node for node in frontier.graph.nodes if node in found]
 
     def operand(self, node: fx.Node) -> None:
         if node in self.losses.values or node in self.losses.pairs or node in self.inputs or is_zero(node):

@@ -224,7 +224,7 @@ def is_zero(x: Any) -> bool:
     if number(x) == 0.0:
         return True
     call = call_of(x) if isinstance(x, fx.Node) else None
-    if call is None:
+    if call is None or len(x.users) > 1:  # others may write to it
         return False
     return call.name in ("zeros_like", "zeros", "new_zeros") or (call.name == "tensor" and x.args[0] == 0)
 

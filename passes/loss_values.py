@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fla_compile.passes.memory import memory
 from fla_compile.passes.normal_form import same_size
-from fla_compile.passes.spellings import peel
+from fla_compile.passes.spellings import is_reshape
 
 
 @dataclass(eq=False)
@@ -108,7 +109,10 @@ class Target:
 
     @staticmethod
     def of(node: fx.Node, dims: Dims) -> "Target":
-        return Target(peel(node, casts=False), flat(dims), node, dims)
+        root = node
+        while is_reshape(root) and memory(root) & memory(root.all_input_nodes[0]):  # a copy is another tensor
+            root = root.all_input_nodes[0]
+        return Target(root, flat(dims), node, dims)
 
 
 # An atom is a tuple that starts with its kind: ("lse",), ("pick", Target), ("sum",), ("max",), ("valid", Target, index)

@@ -20,12 +20,12 @@ from typing import Any
 from torch import fx
 
 from fla_compile.kernels.linear_cross_entropy import kernel_name, supports
-from fla_compile.passes.loss_check import check
+from fla_compile.passes.loss_check import check, needed
 from fla_compile.passes.loss_decide import Loss, decode, roots_of
 from fla_compile.passes.loss_emit import Emitter, narrowed
 from fla_compile.passes.loss_reader import read
-from fla_compile.passes.loss_values import Losses
-from fla_compile.passes.memory import memory, written_between
+from fla_compile.passes.loss_values import MAX, Losses, Target
+from fla_compile.passes.memory import memory, written, written_between
 from fla_compile.passes.normal_form import same_size
 from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
@@ -75,7 +75,7 @@ def choose(losses: Losses, root: fx.Node) -> tuple[fx.Node, Loss] | None:
     beyond = [node for node in others + list(decoded) if node is not first and not _comes_from(node, first)]
     if beyond:
         node = beyond[0]
-        user = next(u for u in node.users if u not in losses.values)
+        user = next((u for u in node.users if u not in losses.values), node)
         what = "another loss of the same logits" if node in decoded else f"{node.name}, before the loss,"
         where = place(user) or user.name
         raise Refused("logits_used", f"{what} is used at {where} as well; {ADVICE}", place(first))
@@ -95,7 +95,7 @@ def _near_miss(losses: Losses, others: list[fx.Node], why: dict[fx.Node, Refused
             if call is not None and call.name in LOSSES and user not in losses.values:
                 raise Refused("unsupported_loss", f"{call.name} with these arguments is not the kernel's", place(user))
         if value.kind == "class" and any(atom == ("lse",) for monomial in value.rows for atom in monomial):
-            user = next(u for u in node.users if u not in losses.values)
+            user = next((u for u in node.users if u not in losses.values), node)
             raise Refused("unsupported_loss", f"log probabilities are used in {user.name}", place(user))
         for user in node.users:
             if value.plain and user not in losses.values and _ends_in_loss(user):
@@ -136,7 +136,18 @@ def place(node: fx.Node) -> str:
     return short_source(source_of(node))
 
 
-def check_operands(node: fx.Node, loss: Loss) -> None:
+def check_gradients(losses: Losses, node: fx.Node, loss: Loss) -> None:
+    """Refuse where a part of the loss takes no gradient although the logits do: a detach, or a region without."""
+    if not tensor_of(loss.value.root.node).requires_grad:
+        return
+    for part in needed(losses, node, loss.value.root.node):
+        value = losses.values.get(part)
+        shift = value is not None and value.kind == "row" and set(value.rows) == {(MAX,)}
+        if value is not None and not shift and not tensor_of(part).requires_grad:
+            raise Refused("unsupported_loss", f"{part.name}, a part of it, takes no gradient")
+
+
+def check_operands(losses: Losses, node: fx.Node, loss: Loss) -> None:
     """Refuse what the kernel cannot take, and operands that are not at the loss what they were at the layer."""
     root = loss.value.root
     device, dtype = tensor_of(root.node).device.type, tensor_of(root.node).dtype
@@ -147,6 +158,20 @@ def check_operands(node: fx.Node, loss: Loss) -> None:
     operands += [n for n, _ in loss.weights] + [n for n, _, _ in loss.keeps]
     if written_between(root.node, node) & frozenset[int]().union(*(memory(n) for n in operands)):
         raise Refused("mutates_input", "the program writes to what the layer or the loss reads, between the two")
+    # Targets that were read apart, or into a one-hot matrix, are one only if nothing was written to them meanwhile.
+    readers = {n for n, target in losses.one_hots.items() if target == loss.target}
+    readers |= {n for n in losses.laid if Target.of(n, losses.laid[n]).root is loss.target.root}
+    first = next(n for n in node.graph.nodes if n in readers)
+    if readers - {loss.target.node} and (
+        written_between(first, node) & memory(loss.target.root) or _one_hot_is_old(losses, loss)
+    ):
+        raise Refused("mutates_input", "the program writes to the targets while they are in use")
+
+
+def _one_hot_is_old(losses: Losses, loss: Loss) -> bool:
+    """A one-hot matrix does not show when its targets were read: nothing may ever be written to them."""
+    used = any(target == loss.target for target in losses.one_hots.values())
+    return used and bool(written(loss.value.root.node.graph) & memory(loss.target.root))
 
 
 def splice(gm: fx.GraphModule, losses: Losses, node: fx.Node, loss: Loss) -> Rewrite:
@@ -158,7 +183,13 @@ def splice(gm: fx.GraphModule, losses: Losses, node: fx.Node, loss: Loss) -> Rew
     everything = {n: n for n in graph.nodes}
     with graph.inserting_before(node):
         emitter = Emitter(graph, everything, lambda label: label.size, faked=True)
-        result = emitter.loss(loss, needs, fake.dtype, narrowed(loss))
+        try:
+            result = emitter.loss(loss, needs, fake.dtype, narrowed(loss))
+        except Exception as error:  # a mistake of ours must not cost the user the program
+            for new in reversed(emitter.added):
+                graph.erase_node(new)
+            detail = f"cannot be written: {type(error).__name__}: {error}"
+            raise Refused("validation_failed", detail, place(node)) from error
     for new in emitter.added:
         new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
     node.replace_all_uses_with(result)
@@ -184,7 +215,8 @@ def match_linear_cross_entropy(gm: fx.GraphModule, *, validated: bool = True) ->
                 continue
             node, loss = chosen
             try:
-                check_operands(node, loss)
+                check_operands(losses, node, loss)
+                check_gradients(losses, node, loss)
                 if validated:
                     start = time.perf_counter()
                     check(losses, node, loss)
@@ -192,10 +224,9 @@ def match_linear_cross_entropy(gm: fx.GraphModule, *, validated: bool = True) ->
             except Refused as refused:
                 refused.source = refused.source or place(node)
                 raise
+            found.rewrites.append(splice(gm, losses, node, loss))
         except Refused as refused:
             found.refusals.append(refused.record(PATTERN, place(root)))
-            continue
-        found.rewrites.append(splice(gm, losses, node, loss))
     if found.rewrites:
         gm.graph.lint()
         gm.recompile()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from losses import B, T, V, assert_left, assert_refused, layer, mask, targets
-from programs import Passes, here
+from programs import Passes, assert_same, here
 
 from fla_compile import explain
 from fla_compile.backend import RefusedError
@@ -106,6 +106,30 @@ def test_near_misses(fn, detail):
     assert_refused(fn, layer(), "unsupported_loss", detail)
 
 
+def a_detached_part(x, w):
+    z = F.linear(x, w)
+    return (z.logsumexp(-1).detach() - z.gather(-1, TARGET.unsqueeze(-1)).squeeze(-1)).mean()
+
+
+def a_part_without_gradient(x, w):
+    z = F.linear(x, w)
+    with torch.no_grad():
+        lse = z.logsumexp(-1)
+    return (lse - z.gather(-1, TARGET.unsqueeze(-1)).squeeze(-1)).mean()  # here
+
+
+def test_a_part_without_gradient():
+    assert_refused(a_part_without_gradient, layer(), "unsupported_loss", "takes no gradient")
+
+
+def test_a_detached_part():
+    """No loss of ours at all: what is left of the layer is no logsumexp."""
+    x, w = layer()
+    backend = Passes()
+    assert_same(a_detached_part, torch.compile(a_detached_part, backend=backend), (x, w))
+    assert backend.report.rewrites == ()
+
+
 def writes_to_the_input(x, w):
     x = x * 1.0
     z = F.linear(x, w)
@@ -120,7 +144,32 @@ def writes_to_the_target(x, w):
     return -z.mean()  # here
 
 
-@pytest.mark.parametrize("fn", [writes_to_the_input, writes_to_the_target], ids=lambda fn: fn.__name__)
+def writes_to_the_target_of_a_one_hot(x, w):
+    t = TARGET.clone()
+    hot = F.one_hot(t, V)
+    t.zero_()
+    return -(hot * F.log_softmax(F.linear(x, w), -1)).sum(-1).mean()  # here
+
+
+def writes_to_the_target_between_its_uses(x, w):
+    t = TARGET.clone()
+    z = F.linear(x, w)
+    first = z.gather(-1, t.unsqueeze(-1)).squeeze(-1)
+    t.zero_()
+    second = z.gather(-1, t.unsqueeze(-1)).squeeze(-1)
+    return (z.logsumexp(-1) - 0.5 * first - 0.5 * second).mean()  # here
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        writes_to_the_input,
+        writes_to_the_target,
+        writes_to_the_target_of_a_one_hot,
+        writes_to_the_target_between_its_uses,
+    ],
+    ids=lambda fn: fn.__name__,
+)
 def test_writes_in_between(fn):
     """Without gradients: with them eager itself refuses the second."""
     x, w = layer()
