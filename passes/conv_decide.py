@@ -14,7 +14,7 @@ from torch import fx
 
 from fla_compile.passes.normal_form import Factor, Labels, Term, Value
 from fla_compile.passes.records import Refused
-from fla_compile.passes.spellings import call_of, tensor_of
+from fla_compile.passes.spellings import call_of, is_cast, tensor_of
 from fla_compile.passes.windows import ZERO, Family, Row, Window, Windows, fixed, statically
 
 LARGEST_WIDTH = 8
@@ -121,6 +121,8 @@ def _over(w: Windows, node: fx.Node, value: Value, x: fx.Node, axis: int) -> Con
     if bias is None or not _settled(w, node, value):
         return None
     interior = interior_of(w, node)
+    if any(heavy(w, n) and _widens(n) for n in interior | {node}):
+        return None  # a sum that is made wider: the convolution is before it
     written = [n for n in interior | {node} if getattr(call_of(n), "name", "") == "conv1d"]
     first, last = max(0, *taps), min(taps)
     if residual is not None and not _lies_inside(w, residual):
@@ -162,6 +164,10 @@ def _over(w: Windows, node: fx.Node, value: Value, x: fx.Node, axis: int) -> Con
         node, x, axis, channels, labels, renamed(value.dims), first, length, left, rows, ordered, bias, residual,
         frozenset(interior),
     )  # fmt: skip
+
+
+def _widens(node: fx.Node) -> bool:
+    return is_cast(node) and tensor_of(node.args[0]).dtype != tensor_of(node).dtype
 
 
 def _is_part(w: Windows, f: Factor, x: fx.Node, axis: int) -> bool:

@@ -6,14 +6,16 @@ A part that cannot be traced, or holds tensors of its own, stays as it is.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from fla_compile.passes.autocast import entered
 from fla_compile.passes.lowering import OverTime
 from fla_compile.passes.normalise import trace_step
-from fla_compile.passes.spellings import call_of
+from fla_compile.passes.spellings import call_of, tensor_of
 
 VIEWS = {"movedim", "flip", "narrow", "getitem", "unfold"}
 
@@ -23,7 +25,7 @@ def inline_parts(gm: fx.GraphModule) -> int:
     parts = [node for node in gm.graph.find_nodes(op="call_module") if _reads_windows(gm, node)]
     if not parts:
         return 0
-    give_values(gm)
+    give_values(gm, parts)
     return sum(_inline(gm, node) for node in parts)
 
 
@@ -40,18 +42,21 @@ def _is_window(node: fx.Node) -> bool:
     return False
 
 
-def give_values(gm: fx.GraphModule) -> None:
-    """Fake values for the nodes of the graph that have none: those which replaced a loop."""
+def give_values(gm: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
+    """Fake values for what these nodes are computed from and has none: what replaced a loop."""
     fakes = (node.meta.get("example_value") for node in gm.graph.nodes)
     mode = next((x.fake_mode for x in fakes if hasattr(x, "fake_mode")), None)
-    with torch._guards.tracing(None), mode or contextlib.nullcontext():
-        for node in gm.graph.nodes:
-            if node.op in ("placeholder", "get_attr", "output") or "example_value" in node.meta:
-                continue
-            if any("example_value" not in n.meta for n in node.all_input_nodes):
-                continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-            node.meta["example_value"] = _run(gm, node, args, kwargs)
+    missing, todo = set[fx.Node](), list(wanted)
+    while todo:
+        node = todo.pop()
+        if node not in missing and node.all_input_nodes and "example_value" not in node.meta:
+            missing.add(node)
+            todo += node.all_input_nodes
+    with torch._guards.tracing(None), mode or contextlib.nullcontext(), torch.no_grad():
+        for node in sorted(missing):
+            if all("example_value" in n.meta for n in node.all_input_nodes):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+                node.meta["example_value"] = _run(gm, node, args, kwargs)
 
 
 def _run(gm: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -66,6 +71,8 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> bool:
     operands = list(node.args)
     if any(not isinstance(x, fx.Node) or "example_value" not in x.meta for x in operands):
         return False
+    # it runs without autocast, whatever the caller's
+    devices = {x.device.type for x in map(tensor_of, operands) if x is not None}
     graph = fx.Graph()
     places = []
     for i, operand in enumerate(operands):
@@ -73,7 +80,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> bool:
         places[-1].meta["example_value"] = operand.meta["example_value"]
     graph.output(graph.call_module(node.target, tuple(places)))
     try:
-        step = trace_step(fx.GraphModule(gm, graph))
+        step = trace_step(fx.GraphModule(gm, graph), entered([(device, None, False, None) for device in devices]))
     except Exception:  # whatever the part's operations raise without data
         return False
     if step.graph.find_nodes(op="get_attr"):

@@ -11,6 +11,7 @@ ones (`no_kernel`), and those of which a part is used elsewhere. What is not pad
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ from fla_compile.passes.windows import Window, Windows
 EQUATION = "y_t = act(sum_j w_j x_{t-W+1+j} + b) + r_t"
 TAPS = "conv (taps, Inductor)"
 TRIGGERS = {"conv1d", "pad", "constant_pad_nd", "cat", "concat", "concatenate", "unfold"}
+GRAD_MODES = {"_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
 NEAR = 16  # from the number of steps: that many and a few taps
 
 
@@ -63,12 +65,19 @@ def choose_kernel(device_type: str) -> str:
     return "taps" if device_type == "cpu" else "op"
 
 
-def head_of(conv: Conv) -> Head:
-    """The last of what follows a convolution that belongs to it."""
-    head = Head(conv.node)
-    while (following := _next(conv, head)) is not None:
+def head_of(conv: Conv, switches: Sequence[fx.Node]) -> Head:
+    """The last of what follows a convolution that belongs to it; what only makes it wider is left to Inductor."""
+    head, best, own = Head(conv.node), Head(conv.node), tensor_of(conv.node).dtype
+    while (following := _next(conv, head)) is not None and not _between(switches, head.node, following.node):
         head = following
-    return head
+        if torch.promote_types(own, tensor_of(head.node).dtype) == own:
+            best = head
+    return best
+
+
+def _between(switches: Sequence[fx.Node], first: fx.Node, last: fx.Node) -> bool:
+    """Whether gradients are switched on or off between two nodes."""
+    return any(first < node < last for node in switches)
 
 
 def _next(conv: Conv, head: Head) -> Head | None:
@@ -116,16 +125,16 @@ def _named(node: fx.Node, name: str) -> bool:
     return call is not None and call.name == name and not call.in_place
 
 
-def recognise(w: Windows, node: fx.Node) -> Match | None:
-    """The match whose convolution ends at `node`; raises `Refused`."""
+def recognise(w: Windows, node: fx.Node, switches: Sequence[fx.Node]) -> Match | None:
+    """The match whose convolution ends at `node`, across no switch of gradients; raises `Refused`."""
     conv = decide(w, node)
-    if conv is None:
+    if conv is None or _between(switches, min(conv.interior, default=node), node):
         return None
     device, dtype = tensor_of(conv.x).device.type, tensor_of(conv.x).dtype
     reason = supports(device, dtype, conv.width)
     if reason is not None:
         raise Refused("no_kernel", reason)
-    match = Match(conv, head_of(conv), choose_kernel(device))
+    match = Match(conv, head_of(conv, switches), choose_kernel(device))
     check_escapes(w, match)
     check_memory(w, match)
     return match
@@ -139,6 +148,12 @@ def check_escapes(w: Windows, match: Match) -> None:
         if user is not None and heavy(w, node):
             place = short_source(source_of(user)) or user.name
             raise Refused("intermediate_used", f"{node.name} is used at {place} as well")
+    changed = frozenset[int]().union(*(_writes(n) for n in inside if n.op in ("call_function", "call_method")))
+    for node in w.graph.nodes if changed else ():
+        if node in (match.conv.node, match.head.node) or not memory(node) & changed:
+            continue
+        if any(user not in inside for user in node.users):
+            raise Refused("intermediate_used", f"{node.name}, which holds the sum, is used as well")
 
 
 def check_memory(w: Windows, match: Match) -> None:
@@ -164,8 +179,8 @@ def final_states(w: Windows, match: Match) -> list[fx.Node]:
     conv, size = match.conv, tensor_of(match.conv.x).shape[match.conv.time]
     if conv.first or not same_size(size, conv.length) or match.kernel != "op":
         return []
-    found, after = [], False
-    for node in conv.node.graph.nodes:
+    found, after, changed = [], False, written(w.graph)
+    for node in w.graph.nodes:
         after = after or node is match.head.node
         value = w.values.get(node)
         if not after or value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
@@ -173,23 +188,13 @@ def final_states(w: Windows, match: Match) -> list[fx.Node]:
         (factor,), what = value.terms[0].factors, w.atoms[value.terms[0].factors[0].atom]
         if value.terms[0].coef != 1.0 or not isinstance(what, Window) or (what.node, what.axis) != (conv.x, conv.time):
             continue
-        ends = same_size(what.start + what.length, size) and what.length == conv.width - 1
+        ends = same_size(what.start + what.length, size) and same_size(what.length, conv.width - 1)
         alike = tensor_of(node).dtype == tensor_of(conv.x).dtype and factor.axes == value.dims
+        alike &= not memory(node) & changed
         own = what.prefix + tuple(reversed(conv.rows))[len(what.prefix) :]
-        if (
-            ends
-            and alike
-            and not what.suffix
-            and tuple(reversed(own[: conv.width - 1])) == conv.rows
-            and _reaches(w, node, conv.x)
-        ):
+        if ends and alike and not what.suffix and own[: conv.width - 1] == conv.rows[::-1]:
             found.append(node)
     return found
-
-
-def _reaches(w: Windows, node: fx.Node, x: fx.Node) -> bool:
-    """Whether a view comes from x by nodes that still hold what they held: nothing of it is written to."""
-    return not memory(node) & written(node.graph) and node is not x
 
 
 def write(w: Windows, match: Match, graph: fx.Graph, env: dict[fx.Node, fx.Node], faked: bool) -> list[fx.Node]:
@@ -265,6 +270,7 @@ def match_short_conv(gm: fx.GraphModule, *, validated: bool = True) -> Found:
     if not any(op_name(node).rstrip("_") in TRIGGERS for node in graph.nodes):
         return found
     w = analyse(graph)
+    switches = [node for node in graph.nodes if op_name(node) in GRAD_MODES]
     taken: set[fx.Node] = set()
     passed: set[str] = set()
     matches: list[Match] = []
@@ -272,7 +278,7 @@ def match_short_conv(gm: fx.GraphModule, *, validated: bool = True) -> Found:
         if node in taken:
             continue
         try:
-            match = recognise(w, node)
+            match = recognise(w, node, switches)
             if match is None:
                 continue
             validate(w, match, passed, found if validated else None)

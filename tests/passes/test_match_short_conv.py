@@ -228,6 +228,26 @@ def test_what_follows(fn, kernel):
         assert backend.count("silu", "sigmoid") == 0
 
 
+def widened_after(x, w, b, s):
+    """A cast that makes the result wider is no part of it."""
+    return by_conv1d(x, w, b, s).double() * 2
+
+
+def without_gradients(x, w, b, s):
+    """Of the convolution, but not of SiLU: they stay apart."""
+    with torch.no_grad():
+        z = by_conv1d(x, w, b, s)
+    return F.silu(z + 0 * x) + F.silu(z)
+
+
+@pytest.mark.parametrize("fn", [widened_after, without_gradients])
+def test_what_does_not_belong_to_it(fn, kernel):
+    backend = matched(fn, operands(), kernel, tolerance=1e-5)
+    if kernel == "op":
+        (call,) = backend.graph.find_nodes(op="call_function", target=OP)
+        assert call.args[5] is False and call.meta["example_value"][0].dtype == torch.float32
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -329,7 +349,17 @@ def a_sum_in_part_used(x, w, b, s):
     return z + y[:, :-2] * w[:, 2], z.tanh()  # here
 
 
+def a_view_of_the_sum_used(x, w, b, s):
+    """What is added in place is seen through a view."""
+    padded, y = F.pad(x, (0, 0, 2, 0)), torch.zeros_like(x)
+    first = y[:, 0]
+    for j in range(3):
+        y += padded[:, j : j + T] * w[:, j]  # here
+    return y, 2 * first
+
+
 REFUSED = {
+    a_view_of_the_sum_used: "intermediate_used",
     the_last_steps: "not_causal",
     all_steps: "not_causal",
     one_step_late: "not_causal",
