@@ -21,7 +21,6 @@ from fla_compile.kernels.decay_triton_common import (
     KINDS,
     device_arch,
     multiprocessors,
-    pad_block,
     precision,
     shared_limit,
 )
@@ -88,9 +87,11 @@ class Scans:
     precision: str
     limit: float
 
-    def length(self, config: Config) -> int:
-        """Steps of a segment: whole chunks, but for the last one's."""
-        return triton.cdiv(triton.cdiv(self.T, config.chunk), self.segments) * config.chunk
+    @property
+    def length(self) -> int:
+        """Steps of a segment, the same for both shapes of pass: whole chunks of either, but for the last one's."""
+        chunk = max(self.wide.chunk, self.tall.chunk)
+        return triton.cdiv(triton.cdiv(self.T, chunk), self.segments) * chunk
 
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
@@ -128,10 +129,11 @@ def _launch(
     """One pass over time. Without y only the segments' own states, to st, and decays, to gt."""
     config = plan.tall if tall else plan.wide
     X, W = z.shape[-1], w.shape[-1]
-    BX, BW = pad_block(X, config.block_k), pad_block(W, config.block_v)
+    # only the tiles of the table are known to compile to what they mean: smaller sizes are masked, not given others
+    BX, BW = config.block_k, config.block_v
     blocks = triton.cdiv(W, BW)
     grid = (plan.B * plan.segments * plan.H * blocks,)
-    numbers = *scales, plan.T, plan.length(config), plan.segments
+    numbers = *scales, plan.T, plan.length, plan.segments
     meta = dict(
         H=plan.H, X=X, W=W, C=config.chunk, BX=BX, BW=BW, REVERSE=reverse, FINAL=st is not None, TRANSPOSED=tall,
         HAS_S0=s0 is not None, EVEN=plan.T % config.chunk == 0, PRECISION=plan.precision,
@@ -214,13 +216,13 @@ def scan_backward(
         dht = _chain(plan, q, do, g, dht, dh0, reverse=True, s_in=down, s_st=scale)
         down, final = 1.0, None
 
-    blocks = triton.cdiv(K, pad_block(K, plan.tall.block_v))
+    blocks = triton.cdiv(K, plan.tall.block_v)
     programs = B * plan.segments * H * blocks
     h = dg = shares = ranges = None
     if plan.kind == "vector":
         ranges = _ranges(plan, programs, q)
     if g is not None and need_dg:
-        chunks = B * plan.segments * H * (plan.length(plan.tall) // plan.tall.chunk)
+        chunks = B * plan.segments * H * (plan.length // plan.tall.chunk)
         h = torch.empty(chunks, V, K, dtype=q.dtype, device=q.device)
         dg = torch.empty(B, T, H, K, **wide) if plan.kind == "vector" else torch.empty(2 * blocks, B, T, H, **wide)
         shares = (dg, dg) if plan.kind == "vector" else (dg[:blocks], dg[blocks:])

@@ -186,7 +186,8 @@ def chunk_scan_kernel(
                 b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
             elif PART == KEYS:
                 b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)
-                b_all_s = b_all * tl.sum(tl.sum(b_h * b_s, 0), 0)
+                # decayed first: where decays grow, both may be large on either side of the chunk
+                b_all_s = tl.sum(tl.sum((b_h * b_all) * b_s, 0), 0)
                 b_k = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
                 b_t = tl.sum(b_k * b_y, 1)
                 b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)

@@ -217,7 +217,7 @@ def chunk_scan_columns_kernel(
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if PART == KEYS:
             b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)
-            b_t = tl.exp2(b_all) * tl.sum(b_h * b_s, 0)
+            b_t = tl.sum((b_h * tl.exp2(b_all)[None, :]) * b_s, 0)
             b_k = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
         if EXACT:
             b_rest = b_all[None, :] - b_e

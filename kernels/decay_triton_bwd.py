@@ -150,7 +150,9 @@ def chunk_backward(
         zeros = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *zeros
     with torch.cuda.device_of(q):
-        if config is None and scans is None and scale != 0:  # the fused launch divides by it
+        # The fused launch divides by the scale; its gradient of one decay a row is not yet right on a GPU.
+        rows = need_dg and kind in ("constant", "scalar")
+        if config is None and scans is None and scale != 0 and not rows:
             scans = plan_scans(q, v, kind)
         if scans is not None:
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)

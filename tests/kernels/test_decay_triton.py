@@ -105,7 +105,7 @@ def check_results(case, x, got, dtype, truth=None, eager=None):
 
 def interpret() -> None:
     """Small shapes with several blocks of keys, values and time, both launches, float32 and float16."""
-    small, larger, scan = Config(16, 16, 16, 4, 1, 0), Config(32, 32, 32, 4, 1, 0), Config(32, 256, 16, 4, 1, 0)
+    small, larger, scan = Config(16, 16, 16, 4, 1, 0), Config(32, 32, 32, 4, 1, 0), Config(32, 32, 16, 4, 1, 0)
     cases = [Case(f, 37, "strong", B=1, H=2, K=20, V=24) for f in FAMILIES]
     cases += [Case(f, 1, "weak", B=2, H=1, K=16, V=8) for f in FAMILIES]
     cases += [Case(f, 33, d, B=1, H=1, K=8, V=16) for f in FAMILIES[1:] for d in ("very_strong", "resets", "growing")]
@@ -155,9 +155,8 @@ def test_segments():
     """Time is cut where heads are too few to fill the device, into whole chunks, the last segment apart."""
     q = torch.empty(1, 10_000, 2, 128, dtype=torch.bfloat16, device="meta")
     scans = decay_fused.plan_scans(q, q, "scalar")
-    for config in (scans.wide, scans.tall):
-        length = scans.length(config)
-        assert length % config.chunk == 0 and (scans.segments - 1) * length < 10_000 <= scans.segments * length
+    assert scans.length % scans.wide.chunk == scans.length % scans.tall.chunk == 0
+    assert (scans.segments - 1) * scans.length < 10_000 <= scans.segments * scans.length
     assert scans.segments > 16
     many = torch.empty(8, 10_000, 32, 128, dtype=torch.bfloat16, device="meta")
     assert decay_fused.plan_scans(many, many, "scalar").segments == 1
@@ -213,7 +212,7 @@ def passes_of(row, kind):
     for reverse in (False, True):
         part = (1 + reverse) * (tall and kind != "none")
         meta = dict(
-            H=4, X=row.size, W=row.size, C=config.chunk, BX=row.size, BW=min(config.block_v, row.size), HAS_S0=True,
+            H=4, X=row.size, W=row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
             REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse,
         )  # fmt: skip
         if kind != "vector":
