@@ -5,7 +5,7 @@ the two shapes of pass of the fused one, whose programs hold a state of all rows
 `wide` with K rows (the output and dv) and `tall` with V rows (dq and dk). Families: `row` (no decay, or one a head or
 row) and `key` (one a key). Head size classes bound the larger of K and V, or the rows of the state.
 Where there are no rows for a pass, the split launch runs. The tests hold every row to the shared memory and the stack
-that it states; where a row spills registers, that was measured to be faster than the rows that do not.
+that it states.
 """
 
 from collections.abc import Iterator

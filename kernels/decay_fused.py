@@ -15,8 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES, chunk_scan_kernel
-from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
+from fla_compile.kernels.decay_scan import chunk_scan_kernel
+from fla_compile.kernels.decay_scan_gates import (
+    KEYS,
+    PLAIN,
+    QUERIES,
+    chunk_scan_columns_kernel,
+    chunk_scan_rows_kernel,
+    largest_range,
+)
 from fla_compile.kernels.decay_triton_common import (
     KINDS,
     device_arch,
@@ -140,11 +147,9 @@ def _launch(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if plan.kind != "vector":
-        n_g = plan.B * plan.T * plan.H
         chunk_scan_kernel[grid](
-            x, z, w, g, e, s0, y, st, gt, h, dg, *numbers, n_g,
-            DECAY=KINDS[plan.kind], PART=part, OUTPUT=y is not None, **meta,
-        )  # fmt: skip
+            x, z, w, g, s0, y, st, gt, *numbers, DECAY=KINDS[plan.kind], OUTPUT=y is not None, **meta
+        )
         return
     if ranges is None:
         ranges = _ranges(plan, grid[0], z)
@@ -204,6 +209,8 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients (dq, dk, dv, dg, dh0); dg as g and dh0 as h0 in float32; all operands contiguous.
 
+    dg is None but for a decay over keys: the passes do not compute that of one decay per head or row.
+
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
     B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
@@ -218,26 +225,22 @@ def scan_backward(
 
     blocks = triton.cdiv(K, plan.tall.block_v)
     programs = B * plan.segments * H * blocks
-    h = dg = shares = ranges = None
+    h = dg = ranges = None
     if plan.kind == "vector":
         ranges = _ranges(plan, programs, q)
-    if g is not None and need_dg:
+    parts = (PLAIN.value, PLAIN.value)
+    if plan.kind == "vector" and need_dg:
+        parts = (QUERIES.value, KEYS.value)
         chunks = B * plan.segments * H * (plan.length // plan.tall.chunk)
         h = torch.empty(chunks, V, K, dtype=q.dtype, device=q.device)
-        dg = torch.empty(B, T, H, K, **wide) if plan.kind == "vector" else torch.empty(2 * blocks, B, T, H, **wide)
-        shares = (dg, dg) if plan.kind == "vector" else (dg[:blocks], dg[blocks:])
-    parts: tuple = (QUERIES.value, KEYS.value) if shares else (PLAIN.value, PLAIN.value)
-    ours, theirs = shares or (None, None)
+        dg = torch.empty(B, T, H, K, **wide)
     _launch(
         plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0),
-        part=parts[0], e=q, h=h, dg=ours, ranges=ranges,
+        part=parts[0], e=q, h=h, dg=dg, ranges=ranges,
     )  # fmt: skip
     _launch(
         plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0),
-        part=parts[1], e=k, h=h, dg=theirs, ranges=ranges,
+        part=parts[1], e=k, h=h, dg=dg, ranges=ranges,
     )  # fmt: skip
     _launch(plan, k, q, do, g, dv, tall=False, reverse=True, s0=dht, scales=(down, scale, scale), st=final)
-    if dg is not None and plan.kind != "vector":
-        dg = dg.sum(0)
-        dg = dg.sum((0, 1)) if plan.kind == "constant" else dg
     return dq, dk, dv, dg, dh0

@@ -16,14 +16,7 @@ In chunks of C rows, with c_i the sum of g from the start of the chunk to row i 
     reverse   y_j = e^{L - c_j} x_j^T R + sum_{i >= j} (x_j . z_i) e^{c_i - c_j} w_i
               R'  = e^L R + sum_i e^{c_i} z_i w_i^T
 
-All exponents are <= 0 where g <= 0. The decay's gradient at row t collects every path from j < t to i >= t. Both passes
-over K blocks know a share of it, and together all: with S before a chunk and D = R after it,
-
-    dg_t = sum_{i >= t} q_i dq_i + sum_{j < t} k_j dk_j + e^L <S, D> - sum_j k_j dk"_j
-
-within the chunk, where dq and dk are taken without the terms i = j, and dk" is the part of dk that does not go through
-D: what the first two sums count of pairs on one side of t, the last one takes away. The pass for dq writes the first
-term and S; the pass for dk the others. No sum leaves its chunk: paths that a strong decay has cut contribute nothing.
+All exponents are <= 0 where g <= 0.
 
 Time may be cut into segments of L steps, each its own program with its own initial state (`decay_segments`).
 Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
@@ -35,9 +28,6 @@ import triton.language as tl
 from fla_compile.kernels.decay_triton_common import NO_DECAY, row_decay
 
 __all__ = [
-    "KEYS",
-    "PLAIN",
-    "QUERIES",
     "chunk_scan_kernel",
     "load_state",
     "load_tile",
@@ -46,11 +36,6 @@ __all__ = [
     "store_tile",
     "tile_mask",
 ]
-
-# What a pass computes beside y: nothing, or its share of the decay's gradient as the pass for dq or for dk.
-PLAIN = tl.constexpr(0)
-QUERIES = tl.constexpr(1)
-KEYS = tl.constexpr(2)
 
 
 @triton.jit
@@ -112,22 +97,20 @@ def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
     tl.store(p_t, b_s.to(p_s.dtype.element_ty), mask=m_s)
 
 
-@triton.jit(do_not_specialize=["T", "L", "n_s", "n_g"])
+@triton.jit(do_not_specialize=["T", "L", "n_s"])
 def chunk_scan_kernel(
-    p_x, p_z, p_w, p_g, p_e, p_s0, p_y, p_st, p_gt, p_h, p_dg, s_in, s_y, s_st, T, L, n_s, n_g,
+    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, s_in, s_y, s_st, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, PART: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BX covers X. p_e holds q or k where PART asks for a share of dg, [W blocks, n_g] in p_dg; p_h the states
-    [.., chunks, X, W]. Without OUTPUT only the final state is written, to p_st, and the segment's decay to p_gt.
+    """BX covers X. Without OUTPUT only the final state is written, to p_st, and the segment's decay to p_gt.
 
     The initial state is read times s_in, y is written times s_y, the final state times s_st.
     """
     i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
-    i_state = i_nh * tl.cdiv(L, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
     o_w = i_w * BW + tl.arange(0, BW)
@@ -149,9 +132,7 @@ def chunk_scan_kernel(
             o_i, o_j = o_t[None, :], o_t[:, None]
         else:
             o_i, o_j = o_t[:, None], o_t[None, :]
-        m_a = o_i > o_j
-        if PART == PLAIN:
-            m_a = o_i >= o_j
+        m_a = o_i >= o_j
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
@@ -170,37 +151,13 @@ def chunk_scan_kernel(
                     b_d = -b_d
                 b_a *= tl.exp(b_d)  # what overflows here is masked next
             b_p = tl.where(m_a, b_a, 0.0).to(dtype)
-            if PART != PLAIN:
-                b_a = tl.where(o_t[:, None] == o_t[None, :], b_a, 0.0).to(dtype)
             b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION)
             if DECAY != NO_DECAY:
                 if REVERSE:
                     b_y *= b_down[:, None]
                 else:
                     b_y *= b_up[:, None]
-            if PART == QUERIES:
-                store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
-                b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)
-                b_t = tl.sum(load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W) * b_y, 1)
-                b_t = tl.cumsum(b_t, 0, reverse=True) * s_y
-                b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
-            elif PART == KEYS:
-                b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)
-                # decayed first: where decays grow, both may be large on either side of the chunk
-                b_all_s = tl.sum(tl.sum((b_h * b_all) * b_s, 0), 0)
-                b_k = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
-                b_t = tl.sum(b_k * b_y, 1)
-                b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)
-                b_kdk = tl.sum(b_k * b_y, 1)
-                b_all_s -= tl.sum(b_kdk - b_t, 0)
-                # No row sees its own k dk: the last one's, the only undecayed one, would drown the others in the sums.
-                b_kdk = tl.where((o_c + 1 < C) & (o_t + 1 < t_e), b_kdk, 0.0)
-                b_t = (b_all_s + (tl.cumsum(b_kdk, 0) - b_kdk)) * s_y
-                b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
-            else:
-                b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)
-            if PART != PLAIN:
-                tl.store(p_dg + i_w.to(tl.int64) * n_g + i_row + o_c * H, b_t, mask=m_c)
+            b_y = tl.dot(b_p, b_w, b_y, input_precision=PRECISION)
             store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
         if DECAY != NO_DECAY:
             if REVERSE:

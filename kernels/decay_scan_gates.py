@@ -18,12 +18,13 @@ chunk must stay below a limit. The pass writes the largest such sum it met, and 
 launch of the same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time;
 elsewhere it returns at once. So ordinary decays run at the speed of matrix products, and any decay is right.
 
-The decay's gradient, as in `decay_scan` but for each channel and with elementwise products: with dq" and dk" the parts
-inside a chunk without their diagonal,
+The decay's gradient at row t collects every path from j < t to i >= t. With S before a chunk, D = R after it, dq' and
+dk' the parts that go through them, and dq" and dk" the parts inside the chunk without their diagonal, for each channel
 
     dg_t = sum_{i >= t} q_i (dq'_i + dq"_i) + e^L <S, D> + sum_{j < t} k_j (dk'_j + dk"_j) - sum_j k_j dk"_j
 
-The pass for dq writes the first term, the pass for dk adds the others.
+where the last term takes away what the others count of pairs on one side of t. The pass for dq writes the first term
+and S, the pass for dk adds the others. No sum leaves its chunk: paths that a strong decay has cut contribute nothing.
 """
 
 import torch
@@ -31,8 +32,6 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_scan import (
-    KEYS,
-    QUERIES,
     load_state,
     load_tile,
     segment_program,
@@ -42,7 +41,12 @@ from fla_compile.kernels.decay_scan import (
 )
 from fla_compile.kernels.decay_triton_common import as_decay
 
-__all__ = ["chunk_scan_columns_kernel", "chunk_scan_rows_kernel", "largest_range"]
+__all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_columns_kernel", "chunk_scan_rows_kernel", "largest_range"]
+
+# What a pass computes beside y: nothing, or its share of the decay's gradient as the pass for dq or for dk.
+PLAIN = tl.constexpr(0)
+QUERIES = tl.constexpr(1)
+KEYS = tl.constexpr(2)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -150,7 +150,7 @@ def chunk_backward(
         zeros = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *zeros
     with torch.cuda.device_of(q):
-        # The fused launch divides by the scale; its gradient of one decay a row is not yet right on a GPU.
+        # The fused launch divides by the scale, and has no gradient of one decay per head or row.
         rows = need_dg and kind in ("constant", "scalar")
         if config is None and scans is None and scale != 0 and not rows:
             scans = plan_scans(q, v, kind)

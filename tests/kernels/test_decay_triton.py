@@ -210,13 +210,13 @@ def passes_of(row, kind):
     config, tall = TABLE[row][0], row.launch == "tall"
     found = []
     for reverse in (False, True):
-        part = (1 + reverse) * (tall and kind != "none")
+        part = (1 + reverse) * tall
         meta = dict(
             H=4, X=row.size, W=row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
             REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse,
         )  # fmt: skip
         if kind != "vector":
-            meta.update(DECAY=decay_triton_common.KINDS[kind], PART=part, OUTPUT=True)
+            meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
             found.append((decay_scan.chunk_scan_kernel, meta))
             continue
         kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
