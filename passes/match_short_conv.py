@@ -19,7 +19,7 @@ from torch import fx
 
 from fla_compile.kernels.short_conv import kernel_name, supports
 from fla_compile.passes.conv_decide import Conv, decide, heavy, interior_of, leaves_of
-from fla_compile.passes.conv_emit import Emitter, Head
+from fla_compile.passes.conv_emit import Emitter, Head, computed_in
 from fla_compile.passes.inline_parts import inline_parts
 from fla_compile.passes.log_decay import op_name
 from fla_compile.passes.memory import _writes, memory, written
@@ -177,7 +177,13 @@ def check_memory(w: Windows, match: Match) -> None:
 def final_states(w: Windows, match: Match) -> list[fx.Node]:
     """The nodes after a match that are the last W - 1 steps that it reads, in x's axes."""
     conv, size = match.conv, tensor_of(match.conv.x).shape[match.conv.time]
-    if conv.first or not same_size(size, conv.length) or match.kernel != "op":
+    own, dtype = tensor_of(conv.x).dtype, computed_in(conv, match.head)
+    if (
+        conv.first
+        or not same_size(size, conv.length)
+        or match.kernel != "op"
+        or torch.promote_types(own, dtype) != dtype
+    ):
         return []
     found, after, changed = [], False, written(w.graph)
     for node in w.graph.nodes:
@@ -206,8 +212,15 @@ def write(w: Windows, match: Match, graph: fx.Graph, env: dict[fx.Node, fx.Node]
     with graph.inserting_before(at):
         emitter = Emitter(w, graph, env, written(graph) if faked else set(), faked)
         with torch._guards.tracing(None), getattr(value, "fake_mode", None) or contextlib.nullcontext():
-            result, last = emitter.convolution(conv, head, match.kernel, bool(states))
-            state = emitter.relabelled(conv, last, conv.groups, conv.labels) if last is not None else None
+            try:
+                result, last = emitter.convolution(conv, head, match.kernel, bool(states))
+                state = emitter.relabelled(conv, last, conv.groups, conv.labels) if last is not None else None
+            except Exception as error:
+                # A mistake of ours must not cost the user the program.
+                for node in reversed(emitter.added):
+                    graph.erase_node(node)
+                told = f"cannot be written: {type(error).__name__}: {error}"
+                raise Refused("validation_failed", told, short_source(source_of(conv.node))) from error
     for node in emitter.added:
         node.meta.setdefault("stack_trace", conv.node.meta.get("stack_trace"))
     at.replace_all_uses_with(result)
@@ -289,8 +302,11 @@ def match_short_conv(gm: fx.GraphModule, *, validated: bool = True) -> Found:
         matches.append(match)
         taken |= match.nodes
     env: dict[fx.Node, fx.Node] = {}
-    found.rewrites = [splice(w, match, graph, env) for match in reversed(matches)]
-    found.refusals.reverse()
+    for match in reversed(matches):
+        try:
+            found.rewrites.append(splice(w, match, graph, env))
+        except Refused as refused:
+            found.refusals.append(refused.record("short_conv"))
     replaced = set(env).union(*(match.nodes for match in matches))
     for node in reversed(list(graph.nodes)):
         if node in replaced and not node.users:

@@ -461,3 +461,17 @@ def test_a_wrong_rewrite_is_refused(monkeypatch):
         return F.conv1d(x.mT, w[:, None], b, padding=W - 1, groups=D)[..., :T]  # here
 
     left(fn, operands(), "validation_failed", "differ by")
+
+
+def test_what_cannot_be_written_is_refused(monkeypatch):
+    """A mistake in writing the kernel's operands costs the rewrite, not the program."""
+
+    def broken(self, conv):
+        raise KeyError("no weight")
+
+    monkeypatch.setattr(match_short_conv.Emitter, "weight", broken)
+
+    def fn(x, w, b, s):
+        return F.conv1d(x.mT, w[:, None], b, padding=W - 1, groups=D)[..., :T]  # here
+
+    left(fn, operands(), "validation_failed", "cannot be written: KeyError")
