@@ -2,8 +2,8 @@
 
 Before: nn.Conv1d(D, D, W, groups=D, padding=W - 1)(x)[..., :T], F.conv1d of a padded x or of cat([state, x]), a sum
         over x.unfold(...), or a sum of products of x at several steps; then SiLU and a residual, or not.
-After:  `torch.ops.fla_compile.short_conv` on [B, T, D] on CUDA. On the CPU the sum of its W products, which Inductor
-        makes one loop of, faster than conv1d and than an operator that nothing fuses with.
+After:  `torch.ops.fla_compile.short_conv` on [B, T, D] on CUDA. On the CPU the sum of its W products: Inductor makes
+        one loop of it and of what is around, and differentiates it at dynamic lengths, as it does not conv1d.
 Legal because the program is this sum as a polynomial (`windows`, `conv_decide`), and checked on data.
 Refused: convolutions padded as causal ones of which other steps are kept (`not_causal`), more than 8 taps or dilated
 ones (`no_kernel`), and those of which a part is used elsewhere. What is not padded like one is left without a word.
@@ -61,7 +61,7 @@ class Match:
 
 
 def choose_kernel(device_type: str) -> str:
-    """Inductor's loop over the taps on the CPU, measured there; the operator elsewhere."""
+    """Inductor's loop over the taps on the CPU, where the operator is slower in training; the operator elsewhere."""
     return "taps" if device_type == "cpu" else "op"
 
 
