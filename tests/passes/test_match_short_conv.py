@@ -18,7 +18,7 @@ OP = torch.ops.fla_compile.short_conv.default
 
 @pytest.fixture(params=["op", "taps"])
 def kernel(request, monkeypatch):
-    monkeypatch.setattr(match_short_conv, "choose_kernel", lambda device: request.param)
+    monkeypatch.setattr(match_short_conv, "choose_kernel", lambda x, trains: request.param)
     return request.param
 
 
@@ -270,3 +270,20 @@ def test_autocast(kernel):
     y = torch.compile(mixed, backend=backend, fullgraph=True)(x, w, b, s)
     assert y.dtype == torch.bfloat16 and len(backend.found[-1].rewrites) == 1
     torch.testing.assert_close(y.float(), by_conv1d(x, w, b, s), rtol=2e-2, atol=2e-2)
+
+
+def test_kernel_on_the_cpu():
+    """The operator only where it was measured to win: large tensors that are trained."""
+    kernels = {}
+    for grad, length in ((False, 1 << 16), (True, 1 << 16), (True, T)):
+        _, w, b, _ = operands()
+        x = torch.randn(4, length, D, requires_grad=grad)
+        backend = ShortConv()
+        with torch.set_grad_enabled(grad):
+            torch._dynamo.reset()
+            torch.compile(
+                lambda x, w, b: F.conv1d(x.mT, w[:, None], b, padding=W - 1, groups=D)[..., : x.shape[1]],
+                backend=backend,
+            )(x, w.detach(), b.detach())
+        kernels[grad, length] = backend.found[-1].rewrites[0].kernel
+    assert list(kernels.values()) == ["conv (taps, Inductor)", "conv (slabs)", "conv (taps, Inductor)"]
