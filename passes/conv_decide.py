@@ -40,7 +40,6 @@ class Conv:
     dims: tuple[Labels, ...]
     first: int
     length: Any
-    left: Any  # steps of x that are not convolved
     rows: tuple[Row, ...]
     taps: tuple[tuple[Term, ...], ...]
     bias: tuple[Term, ...]
@@ -161,7 +160,7 @@ def _over(w: Windows, node: fx.Node, value: Value, x: fx.Node, axis: int) -> Con
     if residual is not None:
         residual = Factor(residual.atom, renamed(residual.axes))
     return Conv(
-        node, x, axis, channels, labels, renamed(value.dims), first, length, left, rows, ordered, bias, residual,
+        node, x, axis, channels, labels, renamed(value.dims), first, length, rows, ordered, bias, residual,
         frozenset(interior),
     )  # fmt: skip
 

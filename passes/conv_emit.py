@@ -75,10 +75,15 @@ class Emitter:
 
     def length(self, conv: Conv) -> Any:
         """The number of steps, as a number or a node."""
-        if isinstance(conv.length, int):
-            return conv.length
-        size = self.size(conv.x, conv.time)
-        return self.call(operator.sub, size, conv.left) if conv.left else size
+        return self.count(conv.x, conv.time, conv.length)
+
+    def count(self, node: fx.Node, axis: int, length: Any) -> Any:
+        """A part of an axis, as a number or a node."""
+        if isinstance(length, int):
+            return length
+        left = fixed(tensor_of(node).shape[axis] - length)
+        size = self.size(node, axis)
+        return self.call(operator.sub, size, left) if left else size
 
     def steps(self, node: fx.Node, axis: int, start: int, length: Any) -> fx.Node:
         """A slice; torch.narrow would make a dynamic length a constant."""
@@ -199,7 +204,9 @@ class Emitter:
         what = self.windows.atoms[f.atom]
         assert isinstance(what, Window)
         node = self.held(what.node)
-        return node if what.axis is None else self.call(torch.narrow, node, what.axis, what.start, what.length)
+        if what.axis is None or same_size(what.length, tensor_of(what.node).shape[what.axis]):
+            return node
+        return self.steps(node, what.axis, what.start, self.count(what.node, what.axis, what.length))
 
     def residual(self, conv: Conv, head: Head) -> fx.Node | None:
         if head.residual is not None:
@@ -210,10 +217,7 @@ class Emitter:
 
     def convolution(self, conv: Conv, head: Head, kernel: str, final: bool) -> tuple[fx.Node, fx.Node | None]:
         """The node that takes the place of the head, and the last W - 1 steps [B, W - 1, D] if asked for."""
-        have, own = tensor_of(conv.x).dtype, tensor_of(conv.node).dtype
-        out = tensor_of(head.node).dtype
-        dtype = own if torch.promote_types(have, own) == have else have
-        dtype = torch.promote_types(dtype, out)
+        have, dtype, out = tensor_of(conv.x).dtype, computed_in(conv, head), tensor_of(head.node).dtype
         x, state = self.cast(self.x(conv), have, dtype), self.state(conv)
         weight, residual = self.weight(conv), self.residual(conv, head)
         bias = self.vector(conv, conv.bias) if conv.bias else None
@@ -222,7 +226,7 @@ class Emitter:
             op = torch.ops.fla_compile.short_conv.default
             call = self.call(op, x, weight, bias, residual, state, head.silu, final, None)
             y = self.call(operator.getitem, call, 0)
-            last = self.call(operator.getitem, call, 1) if final else None
+            last = self.cast(self.call(operator.getitem, call, 1), dtype, have) if final else None
         else:
             y = self.cast(self.taps(conv, dtype, x, weight, bias, residual, state, head.silu), None, dtype)
         return self.cast(self.relabelled(conv, y, conv.groups, conv.dims), dtype, out), last
@@ -258,6 +262,13 @@ class Emitter:
         z = z if bias is None else self.call(torch.add, z, bias)
         z = self.call(F.silu, z) if silu else z
         return z if residual is None else self.call(torch.add, z, residual)
+
+
+def computed_in(conv: Conv, head: Head) -> torch.dtype:
+    """The type of the operator's x and y: x's own, or autocast's, unless the program goes on in a wider one."""
+    have, own = tensor_of(conv.x).dtype, tensor_of(conv.node).dtype
+    dtype = own if torch.promote_types(have, own) == have else have
+    return torch.promote_types(dtype, tensor_of(head.node).dtype)
 
 
 def _follows(a: Row, b: Row) -> bool:

@@ -25,8 +25,20 @@ def inline_parts(gm: fx.GraphModule) -> int:
     parts = [node for node in gm.graph.find_nodes(op="call_module") if _reads_windows(gm, node)]
     if not parts:
         return 0
-    give_values(gm, parts)
-    return sum(_inline(gm, node) for node in parts)
+    with _no_guards(gm):
+        give_values(gm, parts)
+        return sum(_inline(gm, node) for node in parts)
+
+
+def _fake_mode(gm: fx.GraphModule) -> Any:
+    fakes = (node.meta.get("example_value") for node in gm.graph.nodes)
+    return next((x.fake_mode for x in fakes if hasattr(x, "fake_mode")), None)
+
+
+def _no_guards(gm: fx.GraphModule) -> Any:
+    """What is asked here is only in which order strides are: no reason to compile again for another length."""
+    shapes = getattr(_fake_mode(gm), "shape_env", None)
+    return contextlib.nullcontext() if shapes is None else shapes.suppress_guards()
 
 
 def _reads_windows(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -44,8 +56,7 @@ def _is_window(node: fx.Node) -> bool:
 
 def give_values(gm: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
     """Fake values for what these nodes are computed from and has none: what replaced a loop."""
-    fakes = (node.meta.get("example_value") for node in gm.graph.nodes)
-    mode = next((x.fake_mode for x in fakes if hasattr(x, "fake_mode")), None)
+    mode = _fake_mode(gm)
     missing, todo = set[fx.Node](), list(wanted)
     while todo:
         node = todo.pop()
@@ -62,6 +73,9 @@ def give_values(gm: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
 def _run(gm: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_module":
         return gm.get_submodule(node.target)(*args, **kwargs)
+    if node.target is torch.narrow:  # outside of Dynamo it would make a dynamic length a constant
+        x, axis, start, length = args
+        return x[(*[slice(None)] * axis, slice(start, start + length))]
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -2,8 +2,9 @@
 
 Before: nn.Conv1d(D, D, W, groups=D, padding=W - 1)(x)[..., :T], F.conv1d of a padded x or of cat([state, x]), a sum
         over x.unfold(...), or a sum of products of x at several steps; then SiLU and a residual, or not.
-After:  `torch.ops.fla_compile.short_conv` on [B, T, D] on CUDA. On the CPU the sum of its W products, which Inductor
-        makes one loop of, faster than conv1d and than an operator that nothing fuses with.
+After:  `torch.ops.fla_compile.short_conv` on [B, T, D]. On the CPU, but for large tensors in training, the sum of its W
+        products: Inductor makes one loop of it and of what is around, and differentiates it at dynamic lengths, as it
+        does not conv1d.
 Legal because the program is this sum as a polynomial (`windows`, `conv_decide`), and checked on data.
 Refused: convolutions padded as causal ones of which other steps are kept (`not_causal`), more than 8 taps or dilated
 ones (`no_kernel`), and those of which a part is used elsewhere. What is not padded like one is left without a word.
@@ -19,12 +20,13 @@ from torch import fx
 
 from fla_compile.kernels.short_conv import kernel_name, supports
 from fla_compile.passes.conv_decide import Conv, decide, heavy, interior_of, leaves_of
-from fla_compile.passes.conv_emit import Emitter, Head
+from fla_compile.passes.conv_emit import Emitter, Head, computed_in
 from fla_compile.passes.inline_parts import inline_parts
 from fla_compile.passes.log_decay import op_name
 from fla_compile.passes.memory import _writes, memory, written
 from fla_compile.passes.normal_form import same_size
 from fla_compile.passes.parallel_check import check
+from fla_compile.passes.parallel_regions import elements
 from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.spellings import call_of, is_cast, tensor_of
@@ -36,6 +38,7 @@ EQUATION = "y_t = act(sum_j w_j x_{t-W+1+j} + b) + r_t"
 TAPS = "conv (taps, Inductor)"
 TRIGGERS = {"conv1d", "pad", "constant_pad_nd", "cat", "concat", "concatenate", "unfold"}
 GRAD_MODES = {"_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+LARGE_ON_CPU = 1 << 20  # elements of x
 NEAR = 16  # from the number of steps: that many and a few taps
 
 
@@ -60,9 +63,10 @@ class Match:
         return {*self.conv.interior, self.conv.node, *self.head.inner, self.head.node}
 
 
-def choose_kernel(device_type: str) -> str:
-    """Inductor's loop over the taps on the CPU, measured there; the operator elsewhere."""
-    return "taps" if device_type == "cpu" else "op"
+def choose_kernel(x: fx.Node, trains: bool) -> str:
+    """The operator; on the CPU only for training at sizes where it was measured to win, else taps, which fuse."""
+    on_cpu = tensor_of(x).device.type == "cpu"
+    return "taps" if on_cpu and not (trains and elements(x) >= LARGE_ON_CPU) else "op"
 
 
 def head_of(conv: Conv, switches: Sequence[fx.Node]) -> Head:
@@ -134,7 +138,8 @@ def recognise(w: Windows, node: fx.Node, switches: Sequence[fx.Node]) -> Match |
     reason = supports(device, dtype, conv.width)
     if reason is not None:
         raise Refused("no_kernel", reason)
-    match = Match(conv, head_of(conv, switches), choose_kernel(device))
+    trains = any(tensor_of(n).requires_grad for n in leaves_of(w, w.values[node]))
+    match = Match(conv, head_of(conv, switches), choose_kernel(conv.x, trains))
     check_escapes(w, match)
     check_memory(w, match)
     return match
@@ -177,7 +182,13 @@ def check_memory(w: Windows, match: Match) -> None:
 def final_states(w: Windows, match: Match) -> list[fx.Node]:
     """The nodes after a match that are the last W - 1 steps that it reads, in x's axes."""
     conv, size = match.conv, tensor_of(match.conv.x).shape[match.conv.time]
-    if conv.first or not same_size(size, conv.length) or match.kernel != "op":
+    own, dtype = tensor_of(conv.x).dtype, computed_in(conv, match.head)
+    if (
+        conv.first
+        or not same_size(size, conv.length)
+        or match.kernel != "op"
+        or torch.promote_types(own, dtype) != dtype
+    ):
         return []
     found, after, changed = [], False, written(w.graph)
     for node in w.graph.nodes:
@@ -206,8 +217,15 @@ def write(w: Windows, match: Match, graph: fx.Graph, env: dict[fx.Node, fx.Node]
     with graph.inserting_before(at):
         emitter = Emitter(w, graph, env, written(graph) if faked else set(), faked)
         with torch._guards.tracing(None), getattr(value, "fake_mode", None) or contextlib.nullcontext():
-            result, last = emitter.convolution(conv, head, match.kernel, bool(states))
-            state = emitter.relabelled(conv, last, conv.groups, conv.labels) if last is not None else None
+            try:
+                result, last = emitter.convolution(conv, head, match.kernel, bool(states))
+                state = emitter.relabelled(conv, last, conv.groups, conv.labels) if last is not None else None
+            except Exception as error:
+                # A mistake of ours must not cost the user the program.
+                for node in reversed(emitter.added):
+                    graph.erase_node(node)
+                told = f"cannot be written: {type(error).__name__}: {error}"
+                raise Refused("validation_failed", told, short_source(source_of(conv.node))) from error
     for node in emitter.added:
         node.meta.setdefault("stack_trace", conv.node.meta.get("stack_trace"))
     at.replace_all_uses_with(result)
@@ -289,8 +307,11 @@ def match_short_conv(gm: fx.GraphModule, *, validated: bool = True) -> Found:
         matches.append(match)
         taken |= match.nodes
     env: dict[fx.Node, fx.Node] = {}
-    found.rewrites = [splice(w, match, graph, env) for match in reversed(matches)]
-    found.refusals.reverse()
+    for match in reversed(matches):
+        try:
+            found.rewrites.append(splice(w, match, graph, env))
+        except Refused as refused:
+            found.refusals.append(refused.record("short_conv"))
     replaced = set(env).union(*(match.nodes for match in matches))
     for node in reversed(list(graph.nodes)):
         if node in replaced and not node.users:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
+from torch.fx.node import map_aggregate
 
 from fla_compile.passes.parallel_regions import elements
 from fla_compile.passes.records import Refused
@@ -79,8 +79,8 @@ def _shortened(gm: fx.GraphModule, time: Any, near: int) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, {}))
     if isinstance(time, int):
         for node in graph.nodes:
-            node.args, node.kwargs = tree_map(
-                lambda x: _short(x, time, near) if type(x) is int else x, (node.args, node.kwargs)
+            node.args, node.kwargs = map_aggregate(  # slices too
+                (node.args, node.kwargs), lambda x: _short(x, time, near) if type(x) is int else x
             )
     return fx.GraphModule(gm, graph)
 

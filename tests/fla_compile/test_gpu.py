@@ -138,3 +138,26 @@ def test_program(program, family, shapes):
     got, want = torch.autograd.grad(out, inputs, slope), torch.autograd.grad(truth, wide, slope.double())
     for a, b in zip((out, *got), (truth, *want), strict=True):
         assert ((a.double() - b).norm() / b.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolution_runs_as_kernel(dtype):
+    """conv1d, cut and SiLU, of every length in one compilation; against float64."""
+    weight, bias = torch.randn(256, 1, 4, device="cuda", dtype=dtype), torch.randn(256, device="cuda", dtype=dtype)
+
+    def convolve(x, weight, bias):
+        return F.silu(F.conv1d(x.mT, weight, bias, padding=3, groups=256)[..., : x.shape[1]]).mT
+
+    compiled = torch.compile(convolve, backend="fla", fullgraph=True, dynamic=True, options={"strict": True})
+    for T in (65, 300):
+        inputs = [y.requires_grad_() for y in (torch.randn(2, T, 256, device="cuda", dtype=dtype), weight, bias)]
+        if T == 65:
+            report = explain(convolve, *inputs)
+            assert [(r.pattern, r.kernel) for r in report.rewrites] == [("short_conv", "conv (Triton)")]
+        dy = torch.randn(2, T, 256, device="cuda", dtype=dtype)
+        y = compiled(*inputs)
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        truth = convolve(*wide)
+        got, truths = (y, *torch.autograd.grad(y, inputs, dy)), (truth, *torch.autograd.grad(truth, wide, dy.double()))
+        for name, a, b in zip(("y", "dx", "dweight", "dbias"), got, truths, strict=True):
+            assert ((a.double() - b).norm() / b.norm()).item() < (2e-2 if dtype == torch.bfloat16 else 1e-5), (name, T)

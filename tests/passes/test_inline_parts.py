@@ -66,7 +66,7 @@ LOOPS = {
 @pytest.mark.parametrize("kernel", ["op", "taps"])
 @pytest.mark.parametrize("fn", LOOPS, ids=lambda f: f.__name__)
 def test_rolling_buffers(fn, kernel, monkeypatch):
-    monkeypatch.setattr(match_short_conv, "choose_kernel", lambda device: kernel)
+    monkeypatch.setattr(match_short_conv, "choose_kernel", lambda x, trains: kernel)
     backend = Passes()
     assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), operands())
     report = backend.report
