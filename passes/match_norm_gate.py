@@ -25,6 +25,7 @@ from fla_compile.passes.norm_gate_search import Search
 from fla_compile.passes.norm_gate_uses import Match, between, check_uses, switches_gradients
 from fla_compile.passes.places import short_source, source_of
 from fla_compile.passes.records import Refusal, Refused, Rewrite
+from fla_compile.passes.row_values import fix
 from fla_compile.passes.scans import needs_gradient
 from fla_compile.passes.spellings import call_of, is_reshape, tensor_of
 
@@ -133,6 +134,7 @@ def rewrite(search: Search, match: Match, replaced: dict[fx.Node, fx.Node]) -> R
     told = PATTERN, kind, match.reading.equation, match.emission.kernel, short_source(source_of(match.root))
     if not match.emission.operator:
         return Rewrite(*told, len(match.interior), len(match.interior))
+    fix(match.inputs)
     graph, before = search.graph, len(search.graph.nodes)
     readers, value = search.flow.readers(match.root), tensor_of(match.root)
     with graph.inserting_before(match.root):

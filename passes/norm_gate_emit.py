@@ -19,6 +19,7 @@ from fla_compile.kernels.norm_gate_linear import norm_gate_linear_op  # noqa: F4
 from fla_compile.passes.norm_gate_form import Reading
 from fla_compile.passes.normal_form import same_size
 from fla_compile.passes.row_algebra import Poly
+from fla_compile.passes.row_values import sizes_of
 from fla_compile.passes.spellings import is_reshape, keeps_value, tensor_of
 
 Shape = Sequence[Any]
@@ -57,7 +58,7 @@ class Emission:
 
     def with_linear(self, data: fx.Node, weight: fx.Node, bias: fx.Node | None) -> "Emission | None":
         """The same with the linear layer that reads the result as `data`."""
-        shape = tuple(tensor_of(data).shape)
+        shape = sizes_of(tensor_of(data).shape)
         if not fits(shape, self.options["width"], self.period):
             return None
         if any(steps(tensor_of(n).shape, shape) is None for n in (self.x, self.gate)):
@@ -111,6 +112,7 @@ def fits(shape: Shape, width: int, period: int) -> bool:
 
 def working_shape(shape: Shape, width: int, period: int) -> tuple[Any, ...] | None:
     """`shape` with as few of its trailing axes merged as make rows, and the weights, fit into the last."""
+    shape = sizes_of(shape)
     for k in range(len(shape) - 1, -1, -1):
         if not all(isinstance(size, int) for size in shape[k:]):
             return None
@@ -133,7 +135,7 @@ def nearest(node: fx.Node, shape: Shape) -> fx.Node | None:
 
 def steps(have: Shape, want: Shape) -> list[tuple[str, tuple[Any, ...]]] | None:
     """The method calls that bring a tensor from one shape to another with the same elements; None if not known."""
-    same = 0
+    have, want, same = sizes_of(have), sizes_of(want), 0
     while same < min(len(have), len(want)) and same_size(have[same], want[same]):
         same += 1
     if same == len(have) == len(want):

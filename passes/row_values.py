@@ -6,7 +6,7 @@ from it is a leaf of its own, as the kernel must read what the program read.
 """
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -87,10 +87,29 @@ class Values:
             raise Opaque
         if not isinstance(x, fx.Node):
             return constant(x)
+        if isinstance(x.meta.get("example_value"), torch.SymFloat):
+            return constant(number(x))
         value = tensor_of(x)
         if value is None or not value.dtype.is_floating_point:
             raise Opaque
         return aligned(self.of(x), value.shape, shape)
+
+
+def number(x: Any) -> float:
+    """A number, or the present value of one that may change between calls; whoever builds on that has to `fix` it."""
+    value = x.meta.get("example_value") if isinstance(x, fx.Node) else x
+    value = value.node.hint if isinstance(value, torch.SymFloat) else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Opaque
+    return float(value)
+
+
+def fix(nodes: Iterable[fx.Node]) -> None:
+    """Have the program compiled again when one of the numbers among these nodes changes."""
+    for node in nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymFloat):
+            float(value)
 
 
 def is_leaf(value: Poly) -> bool:
@@ -114,7 +133,13 @@ def aligned(value: Poly, shape: Any, target: Any) -> Poly:
     return repeat(value, each=size_of(target[last:]), period=size_of(target[first:]) if many else None)
 
 
+def sizes_of(shape: Any) -> tuple[Any, ...]:
+    """Sizes as numbers, those too that only turned out to be fixed."""
+    return tuple(size if isinstance(size, int) or size.node.maybe_as_int() is None else int(size) for size in shape)
+
+
 def size_of(shape: Any) -> int:
+    shape = sizes_of(shape)
     if not all(isinstance(size, int) for size in shape):
         raise Opaque
     return math.prod(shape)
@@ -278,9 +303,7 @@ def _group_norm(values: Values, node: fx.Node, call: Call) -> Poly:
 def _native(values: Values, call: Call, width: int, eps: float, centred: bool, per_channel: int | None = None) -> Poly:
     x = values.of(call.get("input"))
     given = call.get("eps")
-    eps = eps if given is None else given
-    if not isinstance(eps, int | float):
-        raise Opaque
+    eps = eps if given is None else number(given)
     variance = mean(power(x, Fraction(2)), width)
     if centred:
         average = mean(x, width)

@@ -143,9 +143,28 @@ def test_one_graph_serves_every_length():
     compiled = torch.compile(fn, backend=backend, fullgraph=True, dynamic=True)
     for b, t in ((2, 7), (3, 5), (4, 11)):
         args = operands("btd btd d", b=b, t=t, d=D)
-        torch._dynamo.mark_static(args[0], 2)
         assert_same(fn, compiled, args)
     assert len(backend.found) == 1 and [r.family for r in backend.found[0].rewrites] == [RMS_SILU]
+
+
+def test_an_eps_that_is_no_literal():
+    """Under dynamic shapes a module's numbers are operands too: the program is compiled again when one changes."""
+    norm = nn.RMSNorm(D)
+    norm.eps = 1e-2
+
+    def fn(x, g):
+        x = x.unflatten(-1, (2, 8))
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * F.silu(g.view_as(x))
+
+    backend = NormGates(then="aot_eager")
+    compiled = torch.compile(fn, backend=backend, fullgraph=True, dynamic=True)
+    compiled_before = []
+    for eps in (1e-2, 1e-2, 0.3):
+        norm.eps = eps
+        assert_same(fn, compiled, operands("btd btd", d=D))
+        assert [r.family for r in backend.found[-1].rewrites] == [RMS_SILU]
+        compiled_before.append(len(backend.found))
+    assert compiled_before[0] == compiled_before[1] < compiled_before[2]
 
 
 def test_rows_that_do_not_lie_side_by_side():
