@@ -93,9 +93,10 @@ def _product(left: Any, right: Any, bias: Any = None) -> Taken:
     if tensor_of(left) is None or tensor_of(right) is None or tensor_of(right).ndim != 2:
         return None
     weight = _transposed(right)
-    # W x^T is a layer whose classes come first: W is given, x is computed
-    if weight is not None and left.op in ("placeholder", "get_attr") and weight.op not in ("placeholder", "get_attr"):
-        return (weight, left, None, False, True) if bias is None and tensor_of(left).ndim == 2 else None
+    # W x^T is a layer whose classes come first: a matrix W is given, x is computed
+    given = left.op in ("placeholder", "get_attr") and tensor_of(left).ndim == 2
+    if weight is not None and given and weight.op not in ("placeholder", "get_attr"):
+        return (weight, left, None, False, True) if bias is None else None
     return (left, weight, bias, False, False) if weight is not None else (left, right, bias, True, False)
 
 

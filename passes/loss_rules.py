@@ -139,7 +139,7 @@ def _sum_of(losses: Losses, call: Call, node: fx.Node, sign: float) -> Value | N
                 return moved if moved is not None and not number(added) else None
             return replace(moved, rows=add(moved.rows, poly(coef=others * number(added))))
     if a is None or b is None:
-        return _biased(a if a is not None else b, right if a is not None else left, sign * alpha, a is not None, node)
+        return _biased(a, right, sign * alpha) if a is not None else _biased(b, left, sign * alpha)
     dims = aligned(a.dims, b.dims)
     kinds = {a.kind, b.kind}
     if dims is None or not _alike(a, b) or a.onehot is not None or b.onehot is not None:
@@ -155,11 +155,13 @@ def _sum_of(losses: Losses, call: Call, node: fx.Node, sign: float) -> Value | N
     return None
 
 
-def _biased(value: Value, tensor: Any, factor: float, first: bool, node: fx.Node) -> Value | None:
+def _biased(value: Value | None, tensor: Any, factor: float) -> Value | None:
     """The layer's bias, where the program adds it by hand."""
+    if value is None:
+        return None
     fake, root = tensor_of(tensor), value.root
     fresh = value.plain and value.form.scale == 1.0 and value.form.cap is None and root.bias is None
-    if fake is None or not fresh or factor != 1.0 or root.x is None or fake.ndim != 1:
+    if fake is None or not fresh or factor != 1.0 or fake.ndim != 1:
         return None
     if laid_over(fake.shape, value.dims) != ((root.classes,),) or fake.dtype != tensor_of(root.node).dtype:
         return None

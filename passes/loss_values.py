@@ -90,8 +90,8 @@ class Root:
     """The layer: `node` gives the logits of x [*rows, D] by weight [V, D], or by [D, V] where `transposed`."""
 
     node: fx.Node
-    x: fx.Node | None
-    weight: fx.Node | None
+    x: fx.Node
+    weight: fx.Node
     bias: fx.Node | None
     transposed: bool
     rows: tuple[Label, ...]

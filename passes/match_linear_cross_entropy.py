@@ -194,8 +194,10 @@ def splice(gm: fx.GraphModule, losses: Losses, node: fx.Node, loss: Loss) -> Rew
         new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
     node.replace_all_uses_with(result)
     result.meta["example_value"] = fake
+    own = {n for n, value in losses.values.items() if value.root.node is root.node}
+    own |= {n for n in losses.pairs if n.all_input_nodes[0] in own}
     for old in reversed(list(graph.nodes)):
-        if (old in losses.values or old in losses.pairs) and not old.users:
+        if old in own and not old.users:  # what writes over another layer's output has no users either, and stays
             graph.erase_node(old)
     gone = before + len(emitter.added) - len(graph.nodes)
     kernel = kernel_name(fake.device.type, dtype)

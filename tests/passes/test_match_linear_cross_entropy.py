@@ -233,6 +233,7 @@ def test_modules(tied):
     assert [r.pattern for r in backend.report.rewrites] == ["linear_cross_entropy"]
 
 
+@pytest.mark.slow
 def test_through_inductor():
     model, tokens = Model(), targets()
     compiled = torch.compile(model, backend="fla", fullgraph=True)
@@ -313,6 +314,29 @@ def test_hugging_face():
     weights = list(model.parameters())
     for a, b in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(want, weights), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_another_layer_is_left_alone():
+    """What writes over its output has no users, and is no part of this loss."""
+
+    def fn(x, w):
+        other = F.linear(x, 2 * w)
+        other.mul_(3.0)
+        return by_cross_entropy(x, w) + other.sin().sum()
+
+    backend = Passes()
+    assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), layer(), 1e-4)
+    assert [r.pattern for r in backend.report.rewrites] == ["linear_cross_entropy"] and not backend.report.refusals
+    assert "mul_(3.0)" in backend.report.graph("after")
+
+
+def test_two_losses_of_two_layers():
+    def fn(x, w):
+        return by_cross_entropy(x, w) + by_gather(x, 2 * w)
+
+    backend = Passes()
+    assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), layer())
+    assert [r.pattern for r in backend.report.rewrites] == ["linear_cross_entropy"] * 2
 
 
 def test_dynamic_sizes():
