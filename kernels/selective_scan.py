@@ -12,8 +12,8 @@ With E_t = exp(dt_t A), P_t = E_t * S_{t-1} and G_t the gradient of S_t (that of
 
 No array of [B, T, D, N] is ever made: a slab of rows and columns of D runs through T in segments. The backward walks
 once through the states to keep those between segments, then back through the segments, each computed again from its
-own. exp(z) is 2^(z log2 e), which costs the CPU less than half. Inside this file a slab is [T, b, N, d]: D is
-innermost, so that both outer products run along dense rows. Any sign of dt A is right.
+own. Inside this file a slab is [T, b, N, d]: D is innermost, so that both outer products run along dense rows. Any sign
+of dt A is right.
 
 Source: Gu and Dao 2023, arXiv:2312.00752.
 """
@@ -81,7 +81,7 @@ def _forward(
     dtype = _wide(u.dtype)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final = torch.empty((u.shape[0], *A.shape), dtype=dtype, device=u.device)
-    rates = _rates(A, dtype)
+    rates = A.to(dtype).mT.contiguous()
     for rows, columns, segments, (E_, S_) in _slabs(u, A, 2):
         u_s, dt_s = (_time_first(z[rows, :, columns], dtype).unsqueeze(2) for z in (u, dt))
         B_s, C_s = (_time_first(z[rows], dtype).unsqueeze(3) for z in (B, C))
@@ -113,7 +113,7 @@ def _backward(
     dA = torch.zeros(A.mT.shape, dtype=dtype, device=u.device)  # [N, D]
     dB, dC = (torch.zeros(z.shape, dtype=dtype, device=u.device) for z in (B, C))
     dS0 = torch.empty((u.shape[0], *A.shape), dtype=dtype, device=u.device)
-    rates, A_wide = _rates(A, dtype), A.to(dtype).mT.contiguous()
+    rates = A.to(dtype).mT.contiguous()
     for rows, columns, segments, (E_, S_, G_, P_) in _slabs(u, A, 4):
         u_s, dt_s, dy_s = (_time_first(z[rows, :, columns], dtype).unsqueeze(2) for z in (u, dt, dy))
         B_s, C_s = (_time_first(z[rows], dtype).unsqueeze(3) for z in (B, C))
@@ -139,7 +139,7 @@ def _backward(
             g = E[0].clone()
             torch.mul(E[1:], S[:-1], out=P[1:])
             P[0] = 0.0 if start is None else g * start
-            torch.mul(P, A_wide[:, columns], out=E)
+            torch.mul(P, rates[:, columns], out=E)
             torch.sum(E, 2, keepdim=True, out=ddt_s[steps])
             dA[:, columns] += P.mul_(dt_l).sum((0, 1))
         du[rows, :, columns] = du_s.squeeze(2).transpose(0, 1)
@@ -150,14 +150,9 @@ def _backward(
     return du, ddt, dA.mT, dB, dC, dS0
 
 
-def _rates(A: Tensor, dtype: torch.dtype) -> Tensor:
-    """A log2(e) as [N, D], rounded once."""
-    return (A.to(torch.float64) * math.log2(math.e)).to(dtype).mT.contiguous()
-
-
 def _decays(dt: Tensor, rate: Tensor, buffer: Tensor) -> Tensor:
     """exp(dt A) [L, b, N, d], of dt [L, b, 1, d]."""
-    return torch.mul(dt, rate, out=buffer[: len(dt)]).exp2_()
+    return torch.mul(dt, rate, out=buffer[: len(dt)]).exp_()
 
 
 def _outer(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ FACTOR = {"forward": 1.5, "backward": 3.0}
 # What is left when eager happens to be exact, by the dtype of the result.
 FLOOR = {
     torch.float64: 1e-13,  # 64 roundings of 1e-16 in a chunk, with room; eager is the truth itself here
-    torch.float32: 1.1e-6,  # factors e^x with |x| <= 16 carry 16 * 2^-24, and processors sum in different orders
+    torch.float32: 1e-6,  # factors e^x with |x| <= 16 carry 16 * 2^-24
     torch.bfloat16: 2e-4,  # a tenth of one rounding: values on a tie may go either way
     torch.float16: 3e-5,
 }

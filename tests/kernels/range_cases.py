@@ -10,7 +10,7 @@ from torch import Tensor
 DECAYS = ("zero", "strong", "infinite", "some_infinite", "alternating", "by_key", "one_growth", "growing", "hills")
 
 # Sums in another order, and factors e^x with |x| up to 88: each carries 88 * 2^-24, and a chain of ten of them counts.
-FACTOR, FLOOR = 4.0, 2.2e-5
+FACTOR, FLOOR = 4.0, 2e-5
 
 
 def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
