@@ -47,7 +47,7 @@ from fla_compile.kernels.delta_links import Links, boundary_gate_gradient, make_
 __all__ = ["Gradients", "Operands", "chunk_backward", "chunk_forward"]
 
 # Rows that one triangular solve inverts; larger inverses are put together from these by products.
-SOLVE = 16
+SOLVE = 32
 
 # A GPU wants more work in one product than what fits a CPU's cache.
 CUDA_SLABS = 64
