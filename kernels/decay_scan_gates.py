@@ -63,8 +63,8 @@ def load_gates(p_g, o_row, o_col, m_x, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_row(p_x, o_col, m_row, WIDTH: tl.constexpr):
-    return tl.load(p_x + o_col, mask=m_row & (o_col < WIDTH), other=0.0).to(tl.float32)
+def load_row(p_x, o_col, WIDTH: tl.constexpr):
+    return tl.load(p_x + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
@@ -104,22 +104,9 @@ def chunk_scan_rows_kernel(
             m_a = o_t[:, None] >= o_t[None, :]
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
-        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
-        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
-        b_g = load_gates(p_g + i_row * X, o_c * H, o_x, m_x, X)
-        b_e = tl.cumsum(b_g, 0)
-        b_all = tl.sum(b_g, 0)
-        b_total += b_all
         if EXACT:
-            # e to the end of the chunk in forward direction: from row j on, or up to row j
-            b_rest = b_all[None, :] - b_e
-            if REVERSE:
-                b_in, b_out = b_e, b_rest
-            else:
-                b_in, b_out = b_rest, b_e
-            if OUTPUT:
+            if OUTPUT:  # first, while there are registers
                 b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
-                b_y = tl.dot((b_x * tl.exp2(b_out)).to(dtype), b_s.to(dtype), input_precision=PRECISION)
                 b_a = tl.zeros((C, C), tl.float32)
                 b_e = tl.zeros((C, BX), tl.float32)
                 n_j = tl.minimum(t_e - t_0, C)
@@ -127,16 +114,30 @@ def chunk_scan_rows_kernel(
                     j = i_j
                     if not REVERSE:
                         j = n_j - 1 - i_j
-                    m_j = j < n_j
-                    b_gj = as_decay(load_row(p_g + (i_row + j * H) * X, o_x, m_j, X)) * LOG2_E
-                    b_zj = load_row(p_z + (i_row + j * H) * X, o_x, m_j, X)
+                    b_gj = as_decay(load_row(p_g + (i_row + j * H) * X, o_x, X)) * LOG2_E
+                    b_zj = load_row(p_z + (i_row + j * H) * X, o_x, X)
                     if REVERSE:
                         b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
-                    b_aj = tl.sum(b_x * b_zj[None, :] * tl.exp2(b_e), 1)
-                    b_a += tl.where(m_a & (o_c == j)[None, :], b_aj[:, None], 0.0)
+                    b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
+                    b_a = tl.where(m_a & (o_c == j)[None, :], b_aj[:, None], b_a)
                     if not REVERSE:
                         b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
-            b_z = (b_z * tl.exp2(b_in)).to(dtype)
+        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
+        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
+        b_g = load_gates(p_g + i_row * X, o_c * H, o_x, m_x, X)
+        b_e = tl.cumsum(b_g, 0)
+        b_all = tl.sum(b_g, 0)
+        if not OUTPUT:
+            b_total += b_all
+        if EXACT:
+            # e to the end of the chunk in forward direction: from row j on, or up to row j
+            if REVERSE:
+                b_z = (b_z * tl.exp2(b_e)).to(dtype)
+                b_e = b_all[None, :] - b_e
+            else:
+                b_z = (b_z * tl.exp2(b_all[None, :] - b_e)).to(dtype)
+            if OUTPUT:
+                b_y = tl.dot((b_x * tl.exp2(b_e)).to(dtype), b_s.to(dtype), input_precision=PRECISION)
             b_s *= tl.exp2(b_all)[:, None]
         else:
             b_range = tl.maximum(b_range, tl.sum(tl.abs(b_g), 0))
@@ -239,9 +240,8 @@ def chunk_scan_columns_kernel(
                 j = i_j
                 if not REVERSE:
                     j = n_j - 1 - i_j
-                m_j = j < n_j
-                b_gj = as_decay(load_row(p_g + (i_row + j * H) * W, o_w, m_j, W)) * LOG2_E
-                b_wj = load_row(p_w + (i_row + j * H) * W, o_w, m_j, W)
+                b_gj = as_decay(load_row(p_g + (i_row + j * H) * W, o_w, W)) * LOG2_E
+                b_wj = load_row(p_w + (i_row + j * H) * W, o_w, W)
                 b_aj = tl.sum(tl.where((o_c == j)[None, :], b_a, 0.0), 1)
                 if REVERSE:
                     b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
