@@ -111,7 +111,7 @@ def chunk_linear_loss(
     sums = x.new_empty((V, D), dtype=plan.sums) if need_dw else None
     db = x.new_zeros(V, dtype=wide_dtype(dtype)) if need_db else None
     pitch = -(-V // 64) * 64  # rows that start on 128 bytes: an odd vocabulary would slow every product
-    buffer = x.new_empty((min(plan.rows, N), pitch))
+    a = buffer = x.new_empty((min(plan.rows, N), pitch))
     for first in range(0, N, plan.rows):
         x_c = x[first : first + plan.rows]
         a = buffer[: len(x_c), :V]
@@ -125,7 +125,7 @@ def chunk_linear_loss(
             db += a.sum(0, dtype=db.dtype)
     if sums is not None and not N:
         sums.zero_()
-    del buffer
+    del a, buffer  # before dW takes its own dtype beside the sums
     return losses, Gradients(dx, None if sums is None else sums.to(held), db)
 
 
