@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fla_compile.passes.appending import Appending
 from fla_compile.passes.conv_decide import TIME, Conv
 from fla_compile.passes.memory import memory
 from fla_compile.passes.normal_form import Factor, Labels, Term, same_size
@@ -33,7 +34,7 @@ class Head:
 
 
 @dataclass
-class Emitter:
+class Emitter(Appending):
     """Appends nodes to `graph` at its insertion point; `env` says which of its nodes stand for those of the program.
 
     What lies in `changed` memory is copied, as a kernel may keep it for its backward. `faked` gives nodes fake values.
@@ -45,22 +46,6 @@ class Emitter:
     changed: Set[int]
     faked: bool
     added: list[fx.Node] = field(default_factory=list)
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self._noted(self.graph.call_function(function, args, kwargs))
-
-    def method(self, name: str, *args: Any) -> fx.Node:
-        return self._noted(self.graph.call_method(name, args))
-
-    def _noted(self, node: fx.Node) -> fx.Node:
-        self.added.append(node)
-        if self.faked:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return node
 
     def held(self, node: fx.Node) -> fx.Node:
         """A node of the program."""

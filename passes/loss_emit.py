@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fla_compile.kernels.linear_cross_entropy_ops import linear_cross_entropy_forward  # noqa: F401
+from fla_compile.passes.appending import Appending
 from fla_compile.passes.loss_decide import Loss
 from fla_compile.passes.loss_values import Axis, Dims, Label, flat, is_one, resolved
 from fla_compile.passes.records import Refused
@@ -16,7 +17,7 @@ from fla_compile.passes.spellings import tensor_of
 
 
 @dataclass
-class Emitter:
+class Emitter(Appending):
     """Appends nodes at the insertion point of `graph`; `env` says which of its nodes stand for those of the program.
 
     `size` gives the size of a label where it is a number. `faked` gives new nodes fake values.
@@ -28,22 +29,6 @@ class Emitter:
     faked: bool
     added: list[fx.Node] = field(default_factory=list)
     extents: dict[Label, fx.Node] = field(default_factory=dict)
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self._noted(self.graph.call_function(function, args, kwargs))
-
-    def method(self, name: str, *args: Any) -> fx.Node:
-        return self._noted(self.graph.call_method(name, args))
-
-    def _noted(self, node: fx.Node) -> fx.Node:
-        self.added.append(node)
-        if self.faked:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return node
 
     def extent(self, label: Label) -> Any:
         size = self.size(label)

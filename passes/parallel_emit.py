@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fla_compile.passes.appending import Appending
 from fla_compile.passes.log_decay import Log, emit
 from fla_compile.passes.memory import memory
 from fla_compile.passes.normal_form import Factor, Labels, same_size
@@ -64,7 +65,7 @@ class Traced:
 
 
 @dataclass
-class Emitter:
+class Emitter(Appending):
     """Appends nodes to `graph` at its insertion point; `env` says which of its nodes stand for those of the program.
 
     What lies in `changed` memory is copied, as a kernel may keep it for its backward. `faked` gives nodes fake values.
@@ -80,12 +81,6 @@ class Emitter:
     copies: dict[fx.Node, fx.Node] = field(default_factory=dict)
     extents: dict[int, fx.Node] = field(default_factory=dict)
 
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self._noted(self.graph.call_function(function, args, kwargs))
-
-    def method(self, name: str, *args: Any) -> fx.Node:
-        return self._noted(self.graph.call_method(name, args))
-
     def held(self, node: fx.Node) -> fx.Node:
         """A node of the program."""
         node = self.env.get(node, node)
@@ -94,18 +89,6 @@ class Emitter:
     def cast(self, tensor: fx.Node, dtype: torch.dtype) -> fx.Node:
         value = tensor.meta.get("example_value") if self.faked else None
         return tensor if value is not None and value.dtype == dtype else self.method("to", tensor, dtype)
-
-    def _noted(self, node: fx.Node) -> fx.Node:
-        """Give a node its fake value, so that other passes can read it."""
-        self.added.append(node)
-        if not self.faked:
-            return node
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-        if node.op == "call_method":
-            node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return node
 
     def size(self, label: int) -> Any:
         """The size of a label as a number or a node."""
