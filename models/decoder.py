@@ -159,7 +159,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         carried = self.first_carried()
-        shared = {
+        shared: dict[str, Any] = {
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
