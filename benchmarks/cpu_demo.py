@@ -46,7 +46,8 @@ LOOPS = {"append + stack": demo.gated_linear_attention, "o[:, t] = y": written_i
 
 def compiled(f: Callable, backend: str) -> Callable:
     if backend == LOGITS:
-        return torch.compile(f, backend="fla", options={"disable": ("linear_cross_entropy",)})
+        options: Any = {"disable": ("linear_cross_entropy",)}
+        return torch.compile(f, backend="fla", options=options)
     return f if backend == "eager" else torch.compile(f, backend=backend)
 
 

@@ -8,6 +8,7 @@ sums are chained to the state before each segment, and the segments then run sid
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -215,7 +216,7 @@ def scan_backward(
     """
     B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    wide = dict(dtype=torch.float32, device=q.device)
+    wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     dh0 = None if h0 is None else torch.empty(B, H, K, V, **wide)
     down, final = 1.0 / scale, dh0
     if plan.segments > 1:

@@ -147,8 +147,8 @@ def chunk_backward(
     B, T, H, K = q.shape
     V = v.shape[-1]
     if B * H == 0:
-        zeros = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *zeros
+        dg, dh0 = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, dh0
     with torch.cuda.device_of(q):
         # The fused launch divides by the scale, and has no gradient of one decay per head or row.
         rows = need_dg and kind in ("constant", "scalar")

@@ -1,8 +1,8 @@
 """The order of the passes over a captured graph, one line each; lifting comes before, while Dynamo traces."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import fx
 
@@ -21,7 +21,7 @@ from fla_compile.passes.step import Step
 from fla_compile.passes.updates import written_at
 
 # What is looked for after the recurrences, in this order, by the name of its pass.
-PATTERNS = {
+PATTERNS: dict[str, Callable[..., Any]] = {
     "parallel_attention": match_parallel,
     "short_conv": match_short_conv,
     "norm_gate": match_norm_gate,
