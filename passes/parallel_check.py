@@ -40,9 +40,10 @@ def check(
         try:
             short = _shortened(before, time, near), _shortened(after, time, near)
             return _compare(short[0], short[1], inputs, decays, lambda size: _short(size, time, near))
-        except _CannotRun:
+        except _CannotRun as why:
             if largest > LARGE:
-                raise Refused("validation_failed", f"{largest} elements are too many to run on random data") from None
+                told = f"{largest} elements are too many to run on random data, and with fewer steps: {why}"
+                raise Refused("validation_failed", told) from None
     try:
         return _compare(before, after, inputs, decays, concrete)
     except _CannotRun as why:

@@ -92,7 +92,7 @@ def gradients(results: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     if got.shape != want.shape:
-        return float("inf")
+        raise ValueError(f"its shape is {list(got.shape)}, not {list(want.shape)}")
     if not got.numel():
         return 0.0
     return float((got - want).norm() / (want.norm() + 1e-6 * want.numel() ** 0.5))
