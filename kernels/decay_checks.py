@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
+from fla_compile.kernels.operators import DEVICES
 
 # The axes of g.
 FAMILIES: dict[str, tuple[str, ...] | None] = {
@@ -26,7 +27,6 @@ FAMILIES: dict[str, tuple[str, ...] | None] = {
     "gla_values": ("B", "T", "H", "K"),
     "rwkv6": ("B", "T", "H", "K"),
 }
-DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_HEAD_CUDA = 256
 PRODUCTS_ONLY = ("gla_values",)

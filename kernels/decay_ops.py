@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fla_compile.kernels import decay_cpu
 from fla_compile.kernels.decay_checks import (
@@ -24,6 +25,7 @@ from fla_compile.kernels.decay_checks import (
 )
 from fla_compile.kernels.decay_naive import retnet_gamma
 from fla_compile.kernels.decay_values import gla_values, gla_values_packed
+from fla_compile.kernels.operators import operator, register_autograd, register_fake, register_kernel
 from fla_compile.kernels.packed import check_packed, register_packed
 from fla_compile.kernels.rwkv6_ops import rwkv6
 
@@ -50,7 +52,7 @@ def _forward_fake(
 
 
 # An operator returns tensors only: where dg or dh0 is not wanted, an empty one stands in its place.
-@torch.library.custom_op("fla_compile::decay_backward", mutates_args=(), device_types="cpu")
+@operator("decay_backward", devices=("cpu",))
 def decay_backward(
     q: Tensor,
     k: Tensor,
@@ -67,7 +69,7 @@ def decay_backward(
     return dq, dk, dv, _wanted(dg, g, need_dg, q), _wanted(dh0, initial_state, need_dh0, q)
 
 
-@decay_backward.register_kernel("cuda")
+@register_kernel(decay_backward, "cuda")
 def _backward_cuda(
     q: Tensor,
     k: Tensor,
@@ -84,7 +86,7 @@ def _backward_cuda(
     return dq, dk, dv, _wanted(dg, g, need_dg, q), _wanted(dh0, initial_state, need_dh0, q)
 
 
-@decay_backward.register_fake
+@register_fake(decay_backward)
 def _backward_fake(
     q: Tensor,
     k: Tensor,
@@ -129,11 +131,11 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
     return dq, dk, dv, dg if need_dg else None, dh0 if need_dh0 else None, None
 
 
-def _register(family: str) -> torch.library.CustomOpDef:
-    op = torch.library.custom_op(f"fla_compile::{family}", _forward_cpu, mutates_args=(), device_types="cpu")
-    op.register_kernel("cuda")(_forward_cuda)
-    op.register_fake(_forward_fake)
-    op.register_autograd(_backward, setup_context=_setup_context)
+def _register(family: str) -> OpOverload:
+    op = operator(family, devices=("cpu",))(_forward_cpu)
+    register_kernel(op, "cuda")(_forward_cuda)
+    register_fake(op)(_forward_fake)
+    register_autograd(op, _backward, setup_context=_setup_context)
     return op
 
 

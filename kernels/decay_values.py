@@ -13,19 +13,18 @@ from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
 from fla_compile.kernels.decay_checks import state_dtype
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
 from fla_compile.kernels.packed import register_packed
 
-DEVICES = ("cpu", "cuda")
 
-
-@torch.library.custom_op("fla_compile::gla_values", mutates_args=(), device_types=DEVICES)
+@operator("gla_values")
 def gla_values(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     return decay_cpu.chunk_forward(q, k, v, g, initial_state, scale, gv=gv)
 
 
-@gla_values.register_fake
+@register_fake(gla_values)
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +33,7 @@ def _forward_fake(
 
 
 # An operator returns tensors only: an empty one stands for the gradient of what is absent.
-@torch.library.custom_op("fla_compile::gla_values_backward", mutates_args=(), device_types=DEVICES)
+@operator("gla_values_backward")
 def gla_values_backward(
     q: Tensor,
     k: Tensor,
@@ -51,7 +50,7 @@ def gla_values_backward(
     return dq, dk, dv, q.new_empty(0) if dg is None else dg, dgv, q.new_empty(0) if dh0 is None else dh0
 
 
-@gla_values_backward.register_fake
+@register_fake(gla_values_backward)
 def _backward_fake(
     q: Tensor,
     k: Tensor,
@@ -84,5 +83,5 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
     return dq, dk, dv, None if g is None else dg, dgv, None if initial_state is None else dh0, None
 
 
-gla_values.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(gla_values, _backward, setup_context=_setup_context)
 gla_values_packed = register_packed(gla_values, _setup_context, _backward)

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from fla_compile.kernels.decay_checks import DEVICES, DTYPES, check_gate, state_dtype
+from fla_compile.kernels.decay_checks import DTYPES, check_gate, state_dtype
 from fla_compile.kernels.delta_chunk import Gradients, Operands, chunk_backward, chunk_forward
 from fla_compile.kernels.delta_steps import grows, steps_backward, steps_forward, tame
+from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
 from fla_compile.kernels.packed import check_packed, register_packed
 
 __all__ = ["FAMILIES", "delta_rule", "dplr", "gated_delta_rule", "kda", "supports"]
@@ -76,7 +78,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Ten
 
 # An operator returns tensors only: in place of the gradient of an absent operand, or one nobody wants, stands an
 # empty tensor.
-@torch.library.custom_op("fla_compile::delta_backward", mutates_args=(), device_types=DEVICES)
+@operator("delta_backward")
 def delta_backward(
     q: Tensor,
     k: Tensor,
@@ -99,7 +101,7 @@ def delta_backward(
     return d.q, d.k, d.v, own[0], own[1], own[2], own[3], dh0
 
 
-@delta_backward.register_fake
+@register_fake(delta_backward)
 def _backward_fake(
     q: Tensor,
     k: Tensor,
@@ -128,7 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(family: str, ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor | None, ...]:
     names = ("q", "k", "v", *FAMILIES[family], "initial_state", "scale")
-    needs = dict(zip(names, ctx.needs_input_grad, strict=True))
+    needs = dict(zip(names, ctx.needs_input_grad[: len(names)], strict=True))
     if do is None and dht is None:
         return (None,) * len(names)
     x = _operands(family, (*ctx.saved_tensors, ctx.scale))
@@ -142,17 +144,15 @@ def _backward(family: str, ctx: Any, do: Tensor | None, dht: Tensor | None) -> t
     return tuple(found.get(name) if needs[name] else None for name in names)
 
 
-def _register(family: str) -> torch.library.CustomOpDef:
+def _register(family: str) -> OpOverload:
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return _run_forward(_operands(family, args))
 
     tensors = ", ".join(f"Tensor {name}" for name in ("q", "k", "v", *FAMILIES[family]))
     schema = f"({tensors}, Tensor? initial_state, float scale) -> (Tensor, Tensor)"
-    op = torch.library.custom_op(
-        f"fla_compile::{family}", forward, mutates_args=(), device_types=DEVICES, schema=schema
-    )
-    op.register_fake(_forward_fake)
-    op.register_autograd(partial(_backward, family), setup_context=_setup_context)
+    op = operator(family, schema=schema)(forward)
+    register_fake(op)(_forward_fake)
+    register_autograd(op, partial(_backward, family), setup_context=_setup_context)
     return op
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fla_compile.kernels.cross_entropy_rows import RowLoss, wide_dtype
-from fla_compile.kernels.linear_cross_entropy_ops import DEVICES, linear_cross_entropy_forward
+from fla_compile.kernels.linear_cross_entropy_ops import linear_cross_entropy_forward
+from fla_compile.kernels.operators import DEVICES
 
 __all__ = ["kernel_name", "linear_cross_entropy", "naive_linear_cross_entropy", "supports"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from fla_compile.kernels.cross_entropy_rows import RowLoss, loss_rows, scale_in_place, wide_dtype
 from fla_compile.kernels.decay_layout import without_autocast
 from fla_compile.kernels.linear_loss_chunks import Gradients, Plan, chunk_linear_loss
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
 
-DEVICES = ("cpu", "cuda")
 LIFT = 1024.0  # float16 rows: dl/da is at most 1, and its parts of 2^-24 / LIFT are not lost
 
 
@@ -97,7 +97,7 @@ def _filled_fake(x: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tu
     )
 
 
-@torch.library.custom_op("fla_compile::linear_cross_entropy", mutates_args=(), device_types=DEVICES)
+@operator("linear_cross_entropy")
 def linear_cross_entropy_forward(
     x: Tensor,
     weight: Tensor,
@@ -136,7 +136,7 @@ def forward_chunks(
     return _reduced(losses, target, row_weight, loss.ignore_index, reduction), *_filled(found, x)
 
 
-@linear_cross_entropy_forward.register_fake
+@register_fake(linear_cross_entropy_forward)
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
@@ -158,7 +158,7 @@ def _forward_fake(
     return losses, *_filled_fake(x, weight, (keep and need_dx, keep and need_dw, keep and need_db))
 
 
-@torch.library.custom_op("fla_compile::linear_cross_entropy_backward", mutates_args=(), device_types=DEVICES)
+@operator("linear_cross_entropy_backward")
 def linear_cross_entropy_backward(
     x: Tensor,
     weight: Tensor,
@@ -180,7 +180,7 @@ def linear_cross_entropy_backward(
         return _filled(_rows(x, weight, bias, target, factor, loss, (need_dx, need_dw, need_db))[1], x)
 
 
-@linear_cross_entropy_backward.register_fake
+@register_fake(linear_cross_entropy_backward)
 def _backward_fake(
     x: Tensor,
     weight: Tensor,
@@ -242,4 +242,4 @@ def keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
-linear_cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(linear_cross_entropy_forward, _backward, setup_context=_setup_context)

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
 from fla_compile.kernels.packed import check_packed, each_sequence, register_packed
 
 __all__ = ["linear_scan", "naive_linear_scan", "scan_into", "supports"]
 
-DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Elements of one step, and of one segment of steps, that are worked on together: on the CPU they should stay in cache.
@@ -242,18 +242,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("fla_compile::linear_scan", mutates_args=(), device_types=DEVICES)
-def linear_scan_op(x: Tensor, a: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@operator("linear_scan")
+def linear_scan_op(x: Tensor, a: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     return _forward(x, a, initial_state)
 
 
-@linear_scan_op.register_fake
-def _forward_fake(x: Tensor, a: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@register_fake(linear_scan_op)
+def _forward_fake(x: Tensor, a: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2]), dtype=_wide(x.dtype))
 
 
 # An operator returns tensors only: where da or dh0 is not wanted, an empty one stands in its place.
-@torch.library.custom_op("fla_compile::linear_scan_backward", mutates_args=(), device_types=DEVICES)
+@operator("linear_scan_backward")
 def linear_scan_backward(
     source: Tensor,
     a: Tensor,
@@ -272,7 +272,7 @@ def linear_scan_backward(
     )
 
 
-@linear_scan_backward.register_fake
+@register_fake(linear_scan_backward)
 def _backward_fake(
     source: Tensor,
     a: Tensor,
@@ -308,7 +308,7 @@ def _autograd(ctx: Any, dh: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
     return dx, da if need_da else None, dh0 if need_dh0 else None
 
 
-linear_scan_op.register_autograd(_autograd, setup_context=_setup_context)
+register_autograd(linear_scan_op, _autograd, setup_context=_setup_context)
 linear_scan_packed = register_packed(linear_scan_op, _setup_context, _autograd, fill={"a": 1.0}, keep_output=True)
 
 

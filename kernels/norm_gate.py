@@ -14,6 +14,7 @@ from torch import Tensor
 from fla_compile.kernels.norm_gate_configs import LARGEST_WIDTH
 from fla_compile.kernels.norm_gate_forms import ACTIVATIONS, NORMS, Form, naive_norm_gate, wide_dtype
 from fla_compile.kernels.norm_gate_plain import plain_backward, plain_forward
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
 
 __all__ = ["check_operands", "forward", "gradients", "has_triton", "naive_norm_gate", "norm_gate"]
 
@@ -76,7 +77,7 @@ def tensor_or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-@torch.library.custom_op("fla_compile::norm_gate", mutates_args=())
+@operator("norm_gate")
 def norm_gate_op(
     x: Tensor,
     gate: Tensor,
@@ -92,7 +93,7 @@ def norm_gate_op(
     return forward(x, gate, weight, bias, Form(width, eps, layer, silu, gate_first), dtype)
 
 
-@norm_gate_op.register_fake
+@register_fake(norm_gate_op)
 def _norm_gate_fake(
     x: Tensor,
     gate: Tensor,
@@ -116,7 +117,7 @@ def fake_statistics(
     return rstd, rstd.new_empty(rstd.shape if layer else 0)
 
 
-@torch.library.custom_op("fla_compile::norm_gate_backward", mutates_args=())
+@operator("norm_gate_backward")
 def norm_gate_backward(
     x: Tensor,
     gate: Tensor,
@@ -136,7 +137,7 @@ def norm_gate_backward(
     return dx, dg, tensor_or_empty(dw, x), tensor_or_empty(db, x)
 
 
-@norm_gate_backward.register_fake
+@register_fake(norm_gate_backward)
 def _norm_gate_backward_fake(
     x: Tensor,
     gate: Tensor,
@@ -170,7 +171,7 @@ def _backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Tens
     return dx, dg, None if weight is None else dw, None if bias is None else db, *(None,) * 6
 
 
-norm_gate_op.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(norm_gate_op, _backward, setup_context=_setup_context)
 
 
 def norm_gate(

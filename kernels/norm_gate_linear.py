@@ -8,17 +8,17 @@ kernel, which reads x and gate anyway, writes y again for the gradient of the li
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fla_compile.kernels.norm_gate import check_operands, fake_statistics, forward, gradients, tensor_or_empty
 from fla_compile.kernels.norm_gate_forms import ACTIVATIONS, Form, naive_norm_gate
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
 
 __all__ = ["naive_norm_gate_linear", "norm_gate_linear"]
 
 
-@torch.library.custom_op("fla_compile::norm_gate_linear", mutates_args=())
+@operator("norm_gate_linear")
 def norm_gate_linear_op(
     x: Tensor,
     gate: Tensor,
@@ -37,7 +37,7 @@ def norm_gate_linear_op(
     return F.linear(y, linear_weight, linear_bias), rstd, mean
 
 
-@norm_gate_linear_op.register_fake
+@register_fake(norm_gate_linear_op)
 def _norm_gate_linear_fake(
     x: Tensor,
     gate: Tensor,
@@ -55,7 +55,7 @@ def _norm_gate_linear_fake(
     return out, *fake_statistics(x, gate, weight, bias, width, layer)
 
 
-@torch.library.custom_op("fla_compile::norm_gate_linear_backward", mutates_args=())
+@operator("norm_gate_linear_backward")
 def norm_gate_linear_backward(
     x: Tensor,
     gate: Tensor,
@@ -80,7 +80,7 @@ def norm_gate_linear_backward(
     return dx, dg, tensor_or_empty(dw, x), tensor_or_empty(db, x), tensor_or_empty(dl, x)
 
 
-@norm_gate_linear_backward.register_fake
+@register_fake(norm_gate_linear_backward)
 def _norm_gate_linear_backward_fake(
     x: Tensor,
     gate: Tensor,
@@ -121,7 +121,7 @@ def _linear_backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) -> t
     return dx, dg, dw, db, dl, dout.flatten(0, -2).sum(0) if has_bias else None, *(None,) * 5
 
 
-norm_gate_linear_op.register_autograd(_linear_backward, setup_context=_setup_linear_context)
+register_autograd(norm_gate_linear_op, _linear_backward, setup_context=_setup_linear_context)
 
 
 def norm_gate_linear(

@@ -118,7 +118,7 @@ def register_packed(
     `setup_context` and `backward` are what `op` has registered. `shared` names its tensors without steps, `fill` what
     fills the steps beyond a sequence where that is not zero, `keep_output` says that `setup_context` reads the output.
     """
-    schema = op._opoverload._schema
+    schema = op._schema
     names = [argument.name for argument in schema.arguments]
     types = [str(argument.type).replace("Optional[Tensor]", "Tensor?") for argument in schema.arguments]
     kinds: list[str | None] = [

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fla_compile.kernels.decay_checks import FAMILIES, check_gate, check_operands, chunks_for, state_dtype
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
 from fla_compile.kernels.packed import check_packed, register_packed
 
 __all__ = ["rwkv6"]
 
-DEVICES = ("cpu", "cuda")
 
 
-@torch.library.custom_op("fla_compile::rwkv6", mutates_args=(), device_types=DEVICES)
+@operator("rwkv6")
 def rwkv6_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def rwkv6_op(
     return _like(y, v), final
 
 
-@rwkv6_op.register_fake
+@register_fake(rwkv6_op)
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def _forward_fake(
 
 
 # An operator returns tensors only: an empty one stands for the gradient of what is absent.
-@torch.library.custom_op("fla_compile::rwkv6_backward", mutates_args=(), device_types=DEVICES)
+@operator("rwkv6_backward")
 def rwkv6_backward(
     q: Tensor,
     k: Tensor,
@@ -78,7 +78,7 @@ def rwkv6_backward(
     return dq, dk, dv, dg, du, dh0
 
 
-@rwkv6_backward.register_fake
+@register_fake(rwkv6_backward)
 def _backward_fake(
     q: Tensor,
     k: Tensor,
@@ -125,7 +125,7 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
     return dq, dk, dv, dg, None if u is None else du, None if initial_state is None else dh0, None
 
 
-rwkv6_op.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(rwkv6_op, _backward, setup_context=_setup_context)
 rwkv6_packed = register_packed(rwkv6_op, _setup_context, _backward, shared=("u",))
 
 

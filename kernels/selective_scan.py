@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_compile.kernels.linear_scan import DEVICES, check_operand, scan_into, supports
+from fla_compile.kernels.linear_scan import check_operand, scan_into, supports
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
 from fla_compile.kernels.packed import check_packed, each_sequence, register_packed
 
 __all__ = ["naive_selective_scan", "selective_scan", "supports"]
@@ -196,22 +197,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("fla_compile::selective_scan", mutates_args=(), device_types=DEVICES)
+@operator("selective_scan")
 def selective_scan_op(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _forward(u, dt, A, B, C, initial_state)
 
 
-@selective_scan_op.register_fake
+@register_fake(selective_scan_op)
 def _forward_fake(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), u.new_empty((u.shape[0], *A.shape), dtype=_wide(u.dtype))
 
 
 # An operator returns tensors only: where dS0 is not wanted, an empty one stands in its place.
-@torch.library.custom_op("fla_compile::selective_scan_backward", mutates_args=(), device_types=DEVICES)
+@operator("selective_scan_backward")
 def selective_scan_backward(
     u: Tensor,
     dt: Tensor,
@@ -235,7 +236,7 @@ def selective_scan_backward(
     )
 
 
-@selective_scan_backward.register_fake
+@register_fake(selective_scan_backward)
 def _backward_fake(
     u: Tensor,
     dt: Tensor,
@@ -269,7 +270,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dST: Tensor | None) -> tuple[Tensor |
     return *grads, dS0 if need_dS0 else None
 
 
-selective_scan_op.register_autograd(_autograd, setup_context=_setup_context)
+register_autograd(selective_scan_op, _autograd, setup_context=_setup_context)
 selective_scan_packed = register_packed(selective_scan_op, _setup_context, _autograd, shared=("A",))
 
 

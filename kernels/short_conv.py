@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fla_compile.kernels import short_conv_cpu
 from fla_compile.kernels.linear_scan import check_operand
+from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
 from fla_compile.kernels.packed import check_packed, sequence_bounds
 from fla_compile.kernels.short_conv_states import add_final, final_state
 
 __all__ = ["kernel_name", "short_conv", "short_conv_op", "short_conv_step", "supports"]
 
-DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "silu", "swish")
 LARGEST_WIDTH_CUDA = 8
@@ -50,7 +50,7 @@ def _on_triton(x: Tensor) -> bool:
     return kernel_name(x.device.type, x.dtype) == "conv (Triton)"
 
 
-@torch.library.custom_op("fla_compile::short_conv", mutates_args=(), device_types=DEVICES)
+@operator("short_conv")
 def short_conv_op(
     x: Tensor,
     weight: Tensor,
@@ -78,7 +78,7 @@ def short_conv_op(
     return y, final
 
 
-@short_conv_op.register_fake
+@register_fake(short_conv_op)
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
@@ -95,7 +95,7 @@ def _forward_fake(
 
 
 # An operator returns tensors only: where a gradient is not wanted, an empty one stands in its place.
-@torch.library.custom_op("fla_compile::short_conv_backward", mutates_args=(), device_types=DEVICES)
+@operator("short_conv_backward")
 def short_conv_backward(
     x: Tensor,
     weight: Tensor,
@@ -132,7 +132,7 @@ def short_conv_backward(
     )
 
 
-@short_conv_backward.register_fake
+@register_fake(short_conv_backward)
 def _backward_fake(
     x: Tensor,
     weight: Tensor,
@@ -205,7 +205,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tenso
     return dx, dweight, dbias if need_bias else None, dresidual, dh if need_state else None, None, None, None
 
 
-short_conv_op.register_autograd(_autograd, setup_context=_setup_context)
+register_autograd(short_conv_op, _autograd, setup_context=_setup_context)
 
 
 # the state is updated in place: no gradient

@@ -1,0 +1,85 @@
+"""Operators of this package: one `torch.library` operator from a function, its kernels, its fake, its gradients.
+
+They do what `torch.library.custom_op` does and cost half at every call: its gradients look each argument's default up
+in a list that is made anew for each (of n arguments, n lists of n), and its kernels look for aliases among operands and
+results, which `opcheck` does in the tests. Operators that write to an operand, or take or return lists, are
+`custom_op`s.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+__all__ = ["operator", "register_autograd", "register_fake", "register_kernel"]
+
+NAMESPACE = "fla_compile"
+DEVICES = ("cpu", "cuda")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def operator(
+    name: str, devices: Sequence[str] = DEVICES, schema: str | None = None
+) -> Callable[[Callable], OpOverload]:
+    """Make `fla_compile::name` of a function with types (or a schema), which is its kernel on `devices`.
+
+    It has no defaults, writes to no operand and returns none.
+    """
+
+    def define(kernel: Callable) -> OpOverload:
+        signature = name + (schema or torch.library.infer_schema(kernel, mutates_args=()))
+        if "=" in signature:  # the dispatcher leaves out arguments that are their defaults
+            raise ValueError(f"an operator's arguments have no defaults: {signature}")
+        _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        for device in devices:
+            register_kernel(op, device)(kernel)
+        return op
+
+    return define
+
+
+def register_kernel(op: OpOverload, device: str) -> Callable[[Callable], Callable]:
+    def register(kernel: Callable) -> Callable:
+        # Dynamo must not trace a kernel that a program calls between two graphs.
+        _LIBRARY.impl(op, torch._disable_dynamo(kernel), device.upper())
+        return kernel
+
+    return register
+
+
+def register_fake(op: OpOverload) -> Callable[[Callable], Callable]:
+    def register(fake: Callable) -> Callable:
+        torch.library.register_fake(op, fake, lib=_LIBRARY)
+        return fake
+
+    return register
+
+
+def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Callable) -> None:
+    """Gradients: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`, as those of an autograd.Function."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args_and_keyset: Any) -> Any:
+            *args, keyset = args_and_keyset
+            output = run(keyset, *args)
+            setup_context(ctx, tuple(args), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (*backward(ctx, *grads), None)
+
+    def differentiate(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # type: ignore[attr-defined]
+            return Differentiable.apply(*args, keyset)
+        return run(keyset, *args)
+
+    Differentiable.__name__ = f"{op._opname}_differentiable"
+    _LIBRARY.impl(op, differentiate, "Autograd", with_keyset=True)

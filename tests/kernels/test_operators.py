@@ -1,0 +1,70 @@
+"""An operator of ours is what `torch.library.custom_op` makes of the same functions."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
+
+
+def scaled(x: Tensor, y: Tensor, factor: float, more: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x * y * factor, x + 1
+
+
+def fake(x: Tensor, y: Tensor, factor: float, more: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def keep(ctx, inputs, output):
+    x, y, ctx.factor, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y)
+
+
+def slopes(ctx, da, db):
+    x, y = ctx.saved_tensors
+    dx = 0 if da is None else da * y * ctx.factor
+    dx = dx if db is None else dx + db
+    dy = da * x * ctx.factor if da is not None and ctx.needs_input_grad[1] else None
+    return dx, dy, None, None
+
+
+ours = operator("test_scaled")(scaled)
+register_fake(ours)(fake)
+register_autograd(ours, slopes, setup_context=keep)
+
+
+def test_values_and_gradients():
+    x, y = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(ours, (x, y, 3.0, None))
+    torch.library.opcheck(ours, (x.detach(), y, 3.0, x.detach()))
+    assert torch.autograd.gradcheck(lambda x, y: ours(x, y, 3.0, None), (x, y))
+    assert torch.autograd.gradcheck(lambda x: ours(x, y.detach(), 3.0, None)[1], (x,))
+    with torch.no_grad():
+        assert not ours(x, y, 3.0, None)[0].requires_grad
+
+
+def test_kernels_are_not_traced_between_graphs():
+    """A program that breaks the graph calls the kernel from plain Python: Dynamo must not compile the kernel itself."""
+    frames = []
+
+    def backend(gm, inputs):
+        frames.append([str(node.target) for node in gm.graph.find_nodes(op="call_function")])
+        return gm
+
+    def program(x):
+        torch._dynamo.graph_break()
+        return ours(x, x, 2.0, None)[0]
+
+    x = torch.randn(3)
+    got = torch.compile(program, backend=backend)(x)
+    torch.testing.assert_close(got, 2 * x * x)
+    assert all("mul" not in target for frame in frames for target in frame)
+
+
+def test_defaults_are_refused():
+    def kernel(x: Tensor, factor: float = 1.0) -> Tensor:
+        return x * factor
+
+    with pytest.raises(ValueError, match="no defaults: test_defaults"):
+        operator("test_defaults")(kernel)
