@@ -23,8 +23,8 @@ def keep(ctx, inputs, output):
 
 def slopes(ctx, da, db):
     x, y = ctx.saved_tensors
-    dx = 0 if da is None else da * y * ctx.factor
-    dx = dx if db is None else dx + db
+    parts = [None if da is None else da * y * ctx.factor, db]
+    dx = sum((part for part in parts if part is not None), torch.zeros_like(x))
     dy = da * x * ctx.factor if da is not None and ctx.needs_input_grad[1] else None
     return dx, dy, None, None
 
@@ -49,7 +49,7 @@ def test_kernels_are_not_traced_between_graphs():
     frames = []
 
     def backend(gm, inputs):
-        frames.append([str(node.target) for node in gm.graph.find_nodes(op="call_function")])
+        frames.append([str(node.target) for node in gm.graph.nodes])
         return gm
 
     def program(x):
