@@ -7,6 +7,7 @@ too few to fill the device, time is cut into segments: a first pass sums up what
 sums are chained to the state before each segment, and the segments then run side by side.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,27 +106,33 @@ class Scans:
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
                wide: Config | None = None, tall: Config | None = None) -> Scans | None:  # fmt: skip
     """None where there is no configuration for these operands."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    arch, shared = device_arch(q.device), shared_limit(q.device)
+    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
+    limit: float | None, segments: int | None, wide: Config | None, tall: Config | None,
+) -> Scans | None:  # fmt: skip
+    arch, shared = device_arch(device), shared_limit(device)
     found = []
     for given, launch, size in ((wide, "wide", K), (tall, "tall", V)):
-        rows = (given,) if given else configs_for(arch, launch, kind, q.element_size(), size, shared)
+        rows = (given,) if given else configs_for(arch, launch, kind, dtype.itemsize, size, shared)
         if not rows:
             return None
         found.append(rows[0])
     wide, tall = found
     if segments is None:
         programs = B * H * min(triton.cdiv(V, wide.block_v), triton.cdiv(K, tall.block_v))
-        room = RESIDENT * multiprocessors(q.device)
+        room = RESIDENT * multiprocessors(device)
         most = T // (SHORTEST * max(wide.chunk, tall.chunk))
         segments = max(1, min(most, room // programs)) if programs < room // RESIDENT else 1
     # the two directions cut time alike, whatever their chunks
     chunk = max(wide.chunk, tall.chunk)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
-        limit = largest_range(q.dtype) if T > FEW_STEPS else -1.0
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, precision(q), limit)
+        limit = largest_range(dtype) if T > FEW_STEPS else -1.0
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit)
 
 
 def _launch(
