@@ -46,7 +46,9 @@ def save(name: str, device: str, section: str, rows: Any, arguments: dict[str, A
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results[section] = {"environment": environment(device), "arguments": arguments or {}, "rows": rows}
-    path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    whole = path.with_suffix(".new")  # a run that is cut off while it writes must not cost the results before it
+    whole.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    whole.replace(path)
     return path
 
 

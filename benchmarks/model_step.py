@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from common import ROOT
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 SIZES = {"tiny": (2, 64, 256), "small": (4, 512, 8192), "large": (24, 1024, 32000)}  # layers, width, vocabulary
 # As in tests/models/test_parity.py: gradients of few numbers may be exact by luck in one of the two.
@@ -63,18 +64,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, windo
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def build(args: argparse.Namespace) -> nn.Module:
+def build(args: argparse.Namespace) -> PreTrainedModel:
     """Our model, or fla's with the same weights."""
     layers, width, vocabulary = SIZES[args.size]
     given = {"num_hidden_layers": layers, "hidden_size": width, "vocab_size": vocabulary}
 
-    def create(library: str) -> nn.Module:
+    def create(library: str, **loss: bool) -> PreTrainedModel:
         models = importlib.import_module(library)
-        config = getattr(models, f"{args.model}Config")(**given, **fields(args.size)[args.model])
+        config = getattr(models, f"{args.model}Config")(**given, **fields(args.size)[args.model], **loss)
         return getattr(models, f"{args.model}ForCausalLM")(config)
 
     torch.manual_seed(0)
-    ours = create("fla_compile.models")
+    alone = {"fuse_cross_entropy": False, "fuse_linear_cross_entropy": True}
+    ours = create("fla_compile.models", **alone)
     with torch.no_grad():
         for p in ours.parameters():  # some begin at zero, and what lies before them has no gradient then
             p.add_(0.02 * torch.randn_like(p))
@@ -86,7 +88,7 @@ def build(args: argparse.Namespace) -> nn.Module:
     if args.no_autotune:
         sys.path.append(str(ROOT / "tests"))
         importlib.import_module("support.peers").skip_autotuning()
-    theirs = create("fla.models")
+    theirs = create("fla.models", **(alone if args.fla_linear_loss and args.model != "KDA" else {}))
     theirs.load_state_dict(ours.state_dict())
     return theirs
 
@@ -103,8 +105,9 @@ def gradients(model: nn.Module, run: Callable[..., Any], ids: Tensor, labels: Te
     return loss.detach(), found
 
 
-def parity(model: nn.Module, ids: Tensor, compiled: tuple[Tensor, dict]) -> dict[str, Any]:
+def parity(model: PreTrainedModel, ids: Tensor, compiled: tuple[Tensor, dict]) -> dict[str, Any]:
     """How far the compiled loss and gradients are from float32's, beside the eager loop's in the model's dtype."""
+    model.gradient_checkpointing_enable()  # the states of all layers' steps need not fit beside each other
     eager = gradients(model, model, ids, ids)
     wide = copy.deepcopy(model).float()
     truth = gradients(wide, wide, ids, ids)
@@ -114,7 +117,7 @@ def parity(model: nn.Module, ids: Tensor, compiled: tuple[Tensor, dict]) -> dict
     for name, x in (("loss", truth[0]), *truth[1].items()):
         pair = (compiled[0], eager[0]) if name == "loss" else (compiled[1][name], eager[1][name])
         size = x.double().norm().clamp(min=1e-30)
-        own, other = (((y.double() - x.double()).norm() / size).item() for y in pair)
+        own, other = (((y.to(x) - x).double().norm() / size).item() for y in pair)
         limit = FACTOR * other + (FLOOR_OF_FEW if x.numel() <= FEW else FLOOR)
         inside = inside and own <= limit
         if own / limit > worst:
@@ -133,7 +136,8 @@ def measure(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None], tu
     few[0, : args.eager_length] = ids[0, : args.eager_length]
 
     start = time.perf_counter()
-    compiled = gradients(model, run, ids, few)
+    loss, found = gradients(model, run, ids, few)
+    compiled = loss.cpu(), {name: grad.cpu() for name, grad in found.items()}  # not part of the peak
     wait()
     tell({"first step s": time.perf_counter() - start})
     loss, found = gradients(model, run, ids, ids)
@@ -141,7 +145,8 @@ def measure(args: argparse.Namespace, tell: Callable[[dict[str, Any]], None], tu
     if missing and not args.peer:
         raise RuntimeError(f"no gradient of {sorted(missing)}")
     tell({"loss": loss.item(), "gradients": "all finite"})
-    del found
+    del loss, found
+    model.zero_grad(set_to_none=True)
     if cuda:
         torch.cuda.empty_cache()
 
@@ -178,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--eager-length", type=int, default=512, help="tokens of the eager loop that gradients are held to")
     p.add_argument("--repeats", type=int, default=9, help="timed steps, of which the median counts")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    p.add_argument("--fla-linear-loss", action="store_true", help="fla's loss too without logits")
     p.add_argument("--no-autotune", action="store_true", help="fla's kernels in their first configuration that runs")
     return p
 
@@ -195,7 +201,14 @@ def main() -> None:
         if args.wait:
             sys.stdin.readline()
 
-    measure(args, lambda result: print(json.dumps(result), flush=True), turn)
+    def tell(result: dict[str, Any]) -> None:
+        print(json.dumps(result), flush=True)
+
+    try:
+        measure(args, tell, turn)
+    except Exception as error:
+        tell({"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+        raise
 
 
 if __name__ == "__main__":

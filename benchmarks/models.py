@@ -5,7 +5,9 @@
     python benchmarks/models.py --size tiny                      # on the CPU, ours alone, to try the script
 
 A step is forward, loss and backward in bfloat16, without optimiser. Ours is compiled with backend "fla", fullgraph, and
-`strict`, so that nothing unrecognised is measured; `model_step.py` says how its gradients are checked. Every
+`strict`, so that nothing unrecognised is measured, and returns its loss alone (`fuse_linear_cross_entropy`). fla's has
+the loss of its default configuration, which forms the logits (but for KDA), or with `--fla-linear-loss` the one that
+does not; its own is slower. `model_step.py` says how gradients are checked. Every
 measurement is a process with a time limit: ours of all models first, then fla's, those that compile fast first.
 `--jobs` of them compile side by side; while one is timed, the others are stopped (so first steps are longer than they
 would be alone). Results are written after each, so that a run that is cut off, by `--total` or by hand, still reports.
@@ -20,7 +22,6 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ FLA_ORDER = (
 LEAST = 15.0  # seconds: less is not worth starting a process
 
 
+def kill(process: subprocess.Popen) -> None:
+    """It and the compile workers that it started."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 class Turns:
     """Processes that run side by side, of which one at a time may have the machine for itself."""
 
@@ -51,12 +59,19 @@ class Turns:
         self.timing, self.lock, self.running = threading.Lock(), threading.Lock(), set[int]()
 
     @contextlib.contextmanager
-    def started(self, pid: int) -> Iterator[None]:
-        with self.lock:
-            self.running.add(pid)
-        yield
-        with self.lock:
-            self.running.discard(pid)
+    def started(self, command: list[str], **how: Any) -> Iterator[subprocess.Popen]:
+        """A process in a group of its own, begun while no other is timed, ended at the latest where this ends."""
+        with self.timing:
+            process = subprocess.Popen(command, start_new_session=True, **how)
+            with self.lock:
+                self.running.add(process.pid)
+        try:
+            yield process
+        finally:
+            with self.lock:
+                self.running.discard(process.pid)
+            kill(process)
+            process.wait()
 
     @contextlib.contextmanager
     def alone(self, pid: int) -> Iterator[None]:
@@ -67,6 +82,10 @@ class Turns:
                 yield
             finally:
                 self._signal(pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """Kill all."""
+        self._signal(0, signal.SIGKILL)
 
     def _signal(self, but: int, what: signal.Signals) -> None:
         with self.lock:
@@ -85,11 +104,16 @@ class Table:
     def add(self, name: str, peer: bool, result: dict[str, Any]) -> None:
         with self.lock:
             row = self.rows[name]
-            row.update({f"fla {key}" if peer else key: value for key, value in result.items()})
+            row.update({peer * "fla " + key: value for key, value in result.items()})
             if "step ms" in row and "fla step ms" in row:
                 row["faster by"] = row["fla step ms"] / row["step ms"]
             print(f"{'fla ' * peer}{name}: {result}", flush=True)
             self.save()
+
+    def of(self, name: str, peer: bool) -> set[str]:
+        """What is known of one of the two so far."""
+        with self.lock:
+            return {key.removeprefix("fla ") for key in self.rows[name] if key.startswith("fla ") == peer}
 
     def save(self) -> None:
         args = self.args
@@ -105,37 +129,35 @@ def measure(name: str, peer: bool, args: argparse.Namespace, end: float, turns: 
         rows.add(name, peer, {"error": "no time left to start"})
         return
     passed = [f"--{key}={getattr(args, key.replace('-', '_'))}" for key in PASSED]
-    passed += ["--no-autotune"] * args.no_autotune + ["--peer"] * peer
+    passed += ["--no-autotune"] * args.no_autotune + ["--fla-linear-loss"] * args.fla_linear_loss + ["--peer"] * peer
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     env.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, str(Path(__file__).with_name("model_step.py")), name, "--wait", *passed]
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("model_step.py")), name, "--wait", *passed],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, start_new_session=True,
-        )  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
-        over = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-        over.start()
-        with turns.started(process.pid):
-            for line in process.stdout:
-                if line.startswith("{"):
-                    rows.add(name, peer, json.loads(line))
-                elif line == "READY\n":
-                    with turns.alone(process.pid), contextlib.suppress(BrokenPipeError):
-                        process.stdin.write("go\n")
-                        process.stdin.flush()
-                        timed = process.stdout.readline()
-                    if timed:
-                        rows.add(name, peer, json.loads(timed))
-            process.wait()
-        over.cancel()
-        if process.returncode:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with turns.started(command, env=env, **pipes) as process:
+            assert process.stdin is not None and process.stdout is not None
+            over = threading.Timer(limit, kill, (process,))
+            over.start()
+            try:
+                for line in process.stdout:
+                    if line == "READY\n":
+                        with turns.alone(process.pid), contextlib.suppress(BrokenPipeError):
+                            process.stdin.write("go\n")
+                            process.stdin.flush()
+                            line = next((said for said in process.stdout if said.startswith("{")), "")
+                    if line.startswith("{"):
+                        rows.add(name, peer, json.loads(line))
+                process.wait()
+            finally:
+                over.cancel()
+        if process.returncode == -signal.SIGKILL:
+            rows.add(name, peer, {"error": f"killed, past {limit:.0f} s or for want of memory"})
+        elif process.returncode and "error" not in rows.of(name, peer):
             errors.seek(0)
             lines = errors.read().strip().splitlines() or ["it ended without a word"]
-            told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Unsupported)\b", line)]
-            killed = process.returncode == -signal.SIGKILL
-            rows.add(name, peer, {"error": f"past {limit:.0f} s" if killed else (told or lines)[-1][:300]})
+            rows.add(name, peer, {"error": lines[-1][:300]})
 
 
 PASSED = ("size", "batch", "length", "eager-length", "repeats", "device")
@@ -157,6 +179,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("a CUDA device is needed, and torch sees none; --size tiny runs on the CPU")
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     end = time.monotonic() + args.total
     known = importlib.import_module("fla.models") if args.device == "cuda" and not args.no_peer else None
     theirs = [name for name in FLA_ORDER if name in args.models and hasattr(known, f"{name}Config")]
@@ -167,8 +190,14 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         tasks = [] if args.no_ours else [(name, False) for name in args.models]
         tasks += [(name, True) for name in theirs]
-        for _ in pool.map(lambda task: measure(task[0], task[1], args, end, turns, rows), tasks):
-            pass
+        running = {pool.submit(measure, *task, args, end, turns, rows): task for task in tasks}
+        try:
+            for future in as_completed(running):
+                if (error := future.exception()) is not None:  # of this script: the other rows shall not want for it
+                    rows.add(*running[future], {"error": f"{type(error).__name__}: {error}"})
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            turns.end()
     print(table([*rows.rows.values()]))
 
 

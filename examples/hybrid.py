@@ -33,6 +33,7 @@ def new_model(args: argparse.Namespace) -> PreTrainedModel:
         eos_token_id=None,
         pad_token_id=0,
         tie_word_embeddings=True,
+        fuse_linear_cross_entropy=True,  # in training the loss alone, so that its logits are never formed
     )
     return getattr(fla_compile.models, f"{args.model}ForCausalLM")(config).to(args.device)
 

@@ -25,7 +25,7 @@ def _strict_error(refusals: tuple[Refusal, ...]) -> RefusedError:
     class Raised(RefusedError, ShortenTraceback):
         """A base of Dynamo's that passes through it unwrapped."""
 
-    Raised.__name__ = RefusedError.__name__
+    Raised.__name__ = Raised.__qualname__ = RefusedError.__name__  # what a traceback shows
     text = "\n".join(f"{r.source}: {r.pattern} refused: {r.reason}: {r.detail}" for r in refusals)
     return Raised(text, first_useful_frame=None)
 

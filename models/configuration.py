@@ -27,7 +27,11 @@ def normalise_attention(attn: dict | list | None, num_hidden_layers: int) -> dic
 
 
 class LinearAttentionConfig(PreTrainedConfig):
-    """Base of all configs. `fuse_*` and `attn_mode` pick kernels in fla; here only parameter names depend on them."""
+    """Base of all configs. `fuse_*` and `attn_mode` pick kernels in fla; here parameter names depend on some of them.
+
+    `fuse_linear_cross_entropy`: in training with labels the loss comes alone, its logits None, so that the compiled
+    model never forms them. `fuse_cross_entropy` is saved as False beside it, as fla takes only one of them.
+    """
 
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
@@ -60,6 +64,12 @@ class LinearAttentionConfig(PreTrainedConfig):
             raise ValueError(f"attnres_block_size must be None (attention residuals), got {self.attnres_block_size}")
         self.attn = normalise_attention(self.attn, self.num_hidden_layers)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        found = super().to_dict()
+        if self.fuse_linear_cross_entropy:
+            found["fuse_cross_entropy"] = False
+        return found
 
     def attention_at(self, layer_idx: int) -> dict[str, Any] | None:
         """The arguments of the softmax attention that a hybrid has at this layer, or None."""

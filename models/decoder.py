@@ -19,6 +19,7 @@ from fla_compile.models.attention import Attention
 from fla_compile.models.cache import CACHE_NAME, StateCache, given_cache
 from fla_compile.models.configuration import LinearAttentionConfig
 from fla_compile.models.layers import GatedMLP, RMSNorm, widen
+from fla_compile.models.loss import pull_of_largest
 from fla_compile.models.mixer import TokenMixer
 
 
@@ -218,9 +219,20 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         cache: StateCache | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocabulary], or the last `logits_to_keep`, and the loss of `labels` [B, T], shifted inside."""
+        """Logits [B, T, vocabulary], or the last `logits_to_keep`, and the loss of `labels` [B, T], shifted inside.
+
+        A keyword `shift_labels` [B, T] gives labels shifted already. With `skip_logits` the loss comes alone, logits
+        None, and the compiled model never forms them; so in training under `config.fuse_linear_cross_entropy`.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)  # no parameter: Trainer would want every label that it finds
+        labelled = labels is not None or shift_labels is not None
+        if skip_logits is None:
+            skip_logits = labelled and self.training and self.config.fuse_linear_cross_entropy
+        elif skip_logits and not labelled:
+            raise ValueError("skip_logits must be False without labels, as nothing would come back, got True")
         outputs = getattr(self, self.base_model_prefix)(
             input_ids,
             attention_mask,
@@ -231,16 +243,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             cache=cache,
             **kwargs,
         )
+        x, loss = outputs.last_hidden_state, None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **items)
+        logits = self.lm_head(x if labelled else x[:, kept])
+        if labelled:
+            extra = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+            extra = {name: value for name, value in extra.items() if value is not None}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
             if self.config.use_l2warp:
-                # Of value zero: only its gradient counts, which pulls the largest logit of each token towards zero.
-                pull = logits.amax(-1).square().sum() * (0.5e-4 / logits[..., 0].numel())
-                loss = loss + (pull - pull.detach())
+                loss = loss + pull_of_largest(self.lm_head, x, None if skip_logits else logits)
+            logits = None if skip_logits else logits[:, kept]
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
         )

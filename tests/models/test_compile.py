@@ -18,12 +18,12 @@ NORM_GATES = {
     "KDA": ("rms_norm(x) * sigmoid(gate)",),
     "Mamba2": ("rms_norm(x * silu(gate))",),
 }
+LOSS = ("linear_cross_entropy",)
 
 
-def families(report: fla_compile.Report, case: Case) -> tuple[str, ...]:
+def families(report: fla_compile.Report, case: Case, refused: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The families of the layers' recurrences, once each layer's convolutions are found too."""
-    # the loss is computed beside the logits, as Hugging Face's models return both
-    assert all(refusal.reason == "logits_used" for refusal in report.refusals), report
+    assert tuple(refusal.reason for refusal in report.refusals) == refused, report
     layers = of_pattern(report, "recurrence")
     assert of_pattern(report, "short_conv") == ("short_conv",) * (case.convolutions * len(layers)), report
     return layers
@@ -47,10 +47,45 @@ def fresh_compiler():
 def test_a_training_step_is_recognised_completely(case: Case) -> None:
     """One layer, as all are alike; both where attention takes one."""
     layers = 2 if "attn" in case.config else 1
-    ids = tokens(2, 6)
-    report = fla_compile.explain(case.new_model(num_hidden_layers=layers), ids, labels=ids)
+    model, ids = case.new_model(num_hidden_layers=layers, fuse_linear_cross_entropy=True), tokens(2, 6)
+    report = fla_compile.explain(model, ids, labels=ids)
     assert families(report, case) == case.families[: len(case.families) * layers // 2]
     assert of_pattern(report, "norm_gate") == NORM_GATES.get(str(case), ())
+    assert of_pattern(report, "linear_cross_entropy") == LOSS
+
+
+def test_a_loss_beside_its_logits_is_refused() -> None:
+    """Hugging Face's models return both, and so do ours unless they are told."""
+    case = MODELS[-2]
+    model, ids = case.new_model(num_hidden_layers=1, tie_word_embeddings=True), tokens(2, 6)
+    assert families(fla_compile.explain(model, ids, labels=ids), case, ("logits_used",)) == ()
+    alone = fla_compile.explain(model, ids, labels=ids, skip_logits=True, num_items_in_batch=torch.tensor(9))
+    assert families(alone, case) == () and of_pattern(alone, "linear_cross_entropy") == LOSS
+
+
+def assert_the_loss_trains_alone(case: Case, **changes: object) -> None:
+    """Compiled, with no refusal allowed: loss and gradients of the eager model that forms its logits."""
+    ids, gradients = tokens(2, 9), []
+    model, plain = (case.new_model(fuse_linear_cross_entropy=fused, **changes) for fused in (True, False))
+    for run in (torch.compile(model, backend="fla", fullgraph=True, options={"strict": True}), plain):
+        out = run(ids, labels=ids)
+        out.loss.backward()
+        assert (out.logits is None) == (run is not plain)
+        gradients.append([out.loss.detach(), *(p.grad for p in (model if out.logits is None else plain).parameters())])
+    for ours, eager in zip(*gradients, strict=True):
+        assert (ours - eager).abs().max() <= 1e-4 * eager.abs().max() + 1e-6
+
+
+@pytest.mark.slow
+def test_the_loss_alone_trains_tied_weights_that_are_pulled() -> None:
+    changes = {"num_hidden_layers": 1, "tie_word_embeddings": True, "use_l2warp": True}
+    assert_the_loss_trains_alone(MODELS[-2], **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in MODELS if not case.label], ids=str)
+def test_the_loss_alone_trains_every_model(case: Case) -> None:
+    assert_the_loss_trains_alone(case, num_hidden_layers=2 if "attn" in case.config else 1)
 
 
 @pytest.mark.slow
@@ -59,7 +94,8 @@ def test_a_training_step_is_recognised_completely(case: Case) -> None:
 def test_training_prefill_padding_and_decoding_are_recognised(case: Case) -> None:
     model, ids = case.new_model(), tokens(2, 6)
     with torch.enable_grad():
-        assert families(fla_compile.explain(model, ids, labels=ids), case) == case.families
+        report = fla_compile.explain(model, ids, labels=ids)
+        assert families(report, case, ("logits_used",)) == case.families
     model.eval()
     masked = case.families if case.masked_families is None else case.masked_families
     assert families(fla_compile.explain(model, ids, use_cache=True), case) == case.families

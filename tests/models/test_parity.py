@@ -55,6 +55,15 @@ def test_config_fields_and_defaults_are_those_published(case: Case) -> None:
     assert extra <= fla_compile.models.LinearAttentionConfig().to_dict().keys()
 
 
+@pytest.mark.filterwarnings("ignore:`fuse_linear_cross_entropy` is enabled")
+def test_a_saved_config_asks_for_one_of_the_fused_losses_as_fla_does(tmp_path) -> None:
+    ours, theirs = fla_compile.models.GLAConfig, peer("fla.models.GLAConfig")
+    ours().save_pretrained(tmp_path)
+    ours.from_pretrained(tmp_path, fuse_linear_cross_entropy=True).save_pretrained(tmp_path)
+    for found in (ours.from_pretrained(tmp_path), theirs.from_pretrained(tmp_path)):
+        assert (found.fuse_linear_cross_entropy, found.fuse_cross_entropy) == (True, False)
+
+
 @pytest.mark.slow
 @every_model
 def test_numbers_are_those_of_flas_kernels_in_the_interpreter(case: Case) -> None:
