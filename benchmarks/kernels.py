@@ -79,7 +79,7 @@ def operands(op: str, shape: Shape, device: str) -> list[Tensor]:
 def softmax(backends: list[SDPBackend]) -> Callable[..., tuple[Tensor]]:
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
         with sdpa_kernel(backends):
-            o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+            o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
         return (o.transpose(1, 2),)
 
     return run
