@@ -51,6 +51,7 @@ def test_a_training_step_is_recognised_completely(case: Case) -> None:
     report = fla_compile.explain(case.new_model(num_hidden_layers=layers), ids, labels=ids)
     assert families(report, case) == case.families[: len(case.families) * layers // 2]
     assert of_pattern(report, "norm_gate") == NORM_GATES.get(str(case), ())
+    assert [r.kernel for r in report.rewrites if r.pattern == "cross_entropy"] == ["as written (Inductor)"]
 
 
 @pytest.mark.slow
