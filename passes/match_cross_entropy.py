@@ -133,6 +133,7 @@ def choose(losses: Losses, root: fx.Node) -> tuple[fx.Node, Loss] | None:
 
 def check_uses(losses: Losses, root: fx.Node, node: fx.Node) -> None:
     """Refuse a loss beside which its parts, or another loss, are computed all the same."""
+    parts = needed(losses, node, root)
     for other in frontier_of(losses, root):
         value = losses.values.get(other)
         if other is node or (value is not None and value.plain) or comes_from(other, node):
@@ -145,7 +146,8 @@ def check_uses(losses: Losses, root: fx.Node, node: fx.Node) -> None:
             loss = None
         if loss is not None:
             raise Refused("logits_used", f"another loss of the same logits is used at {where} as well")
-        raise Refused("intermediate_used", f"{other.name}, before the loss, is used at {where} as well")
+        if other in parts:
+            raise Refused("intermediate_used", f"{other.name}, before the loss, is used at {where} as well")
     own = {n for n, value in losses.values.items() if value.root.node is root}
     if any(losses.writes.get(n) for n in own):
         raise Refused("mutates_input", "the program writes over its logits on the way to the loss")

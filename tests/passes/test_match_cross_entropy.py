@@ -199,7 +199,15 @@ def in_a_metric(x, w):
     return F.cross_entropy(z.view(-1, V), TARGET.view(-1)) + 0 * (z.argmax(-1) == TARGET).float().mean()
 
 
-@pytest.mark.parametrize("fn", [returned, returned_as_floats, returned_capped, in_a_metric], ids=lambda f: f.__name__)
+def beside_the_maxima(x, w):
+    z = F.linear(x, w)
+    return F.cross_entropy(z.view(-1, V), TARGET.view(-1)), z.amax(-1).square().sum()
+
+
+BESIDE = [returned, returned_as_floats, returned_capped, in_a_metric, beside_the_maxima]
+
+
+@pytest.mark.parametrize("fn", BESIDE, ids=lambda f: f.__name__)
 def test_logits_of_a_layer(fn):
     backend = CrossEntropies()
     assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), layer())
