@@ -5,6 +5,7 @@
     python benchmarks/cpu_demo.py loss      # validation loss after --steps steps, same seed
     python benchmarks/cpu_demo.py memory    # peak memory of a training step
     python benchmarks/cpu_demo.py head      # a last layer of 32,000 classes and its loss, with and without logits
+    python benchmarks/cpu_demo.py logits    # a loss over logits that exist, by torch and by gather
     python benchmarks/cpu_demo.py first     # the first call, cold and warm, and where the time goes
     python benchmarks/cpu_demo.py all
 
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from common import ROOT, fresh_process, median_seconds, save, table
 from torch import Tensor
 
+from fla_compile.ops import cross_entropy
+
 sys.path.insert(0, str(ROOT / "examples"))
 import train_bytes as demo
 
@@ -41,6 +44,7 @@ def written_in_place(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> t
 
 
 LOGITS = "fla, with logits"  # the loss left as it is written
+OPERATOR = "eager, fla_compile.ops"
 LOOPS = {"append + stack": demo.gated_linear_attention, "o[:, t] = y": written_in_place}
 
 
@@ -146,6 +150,29 @@ def measure_head(job: dict[str, Any]) -> dict[str, float]:
     return {"peak MiB": peak_memory(step)[0], "s": seconds}
 
 
+def by_torch(z: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(z.float(), target)
+
+
+def by_gather(z: Tensor, target: Tensor) -> Tensor:
+    return -F.log_softmax(z.float(), -1).gather(-1, target.unsqueeze(-1)).mean()
+
+
+def measure_logits(job: dict[str, Any]) -> dict[str, float]:
+    """A loss over logits that exist, forward and backward: the peak is over the logits."""
+    N, V = job["N"], 32000
+    torch.manual_seed(0)
+    z, target = torch.randn(N, V).to(getattr(torch, job["dtype"])).requires_grad_(), torch.randint(V, (N,))
+    spelled = by_torch if job["spelling"] == "torch" else by_gather
+    f = cross_entropy if job["backend"] == OPERATOR else compiled(spelled, job["backend"])
+
+    def step() -> None:
+        torch.autograd.grad(f(z, target), z)
+
+    seconds = median_seconds(step, most=job["repeats"])
+    return {"peak MiB": peak_memory(step)[0], "s": seconds}
+
+
 # By Dynamo's own timers: each phase is one timer less another that runs inside it.
 PHASES = {
     "Dynamo, with the lift": ("_compile.compile_inner", "OutputGraph.call_user_compiler"),
@@ -180,6 +207,7 @@ MEASURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "loss": measure_loss,
     "memory": measure_memory,
     "head": measure_head,
+    "logits": measure_logits,
     "first": measure_first,
 }
 
@@ -247,6 +275,17 @@ def run_head(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"backend": b, **job, **measure("head", args.limit, backend=b, **job)} for b in backends]
 
 
+def run_logits(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for spelling, backend in [(s, b) for s in ("torch", "gather") for b in ("eager", "inductor", "fla")] + [
+            ("operator", OPERATOR)
+        ]:
+            job = {"dtype": dtype, "spelling": spelling, "backend": backend, "N": 2048, "repeats": args.repeats}
+            rows.append({**job, **measure("logits", args.limit, **job)})
+    return rows
+
+
 def run_first(args: argparse.Namespace) -> list[dict[str, Any]]:
     job = {"backend": "fla", "B": args.batch, "T": args.lengths[0]}
     with tempfile.TemporaryDirectory() as cache:
@@ -261,6 +300,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "loss": run_loss,
     "memory": run_memory,
     "head": run_head,
+    "logits": run_logits,
     "first": run_first,
 }
 

@@ -1,5 +1,6 @@
 """The operators as plain functions, each with the time loop that defines it."""
 
+from fla_compile.kernels.cross_entropy import cross_entropy, naive_cross_entropy
 from fla_compile.kernels.decay_naive import (
     naive_gla,
     naive_linear_attention,
@@ -20,6 +21,7 @@ from fla_compile.kernels.short_conv import short_conv, short_conv_step
 from fla_compile.kernels.short_conv_naive import naive_short_conv, naive_short_conv_step
 
 __all__ = [
+    "cross_entropy",
     "delta_rule",
     "dplr",
     "gated_delta_rule",
@@ -28,6 +30,7 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "linear_scan",
+    "naive_cross_entropy",
     "naive_delta_rule",
     "naive_dplr",
     "naive_gated_delta_rule",

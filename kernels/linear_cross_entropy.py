@@ -12,22 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fla_compile.kernels.cross_entropy_rows import RowLoss, wide_dtype
+from fla_compile.kernels import cross_entropy
 from fla_compile.kernels.linear_cross_entropy_ops import linear_cross_entropy_forward
-from fla_compile.kernels.operators import DEVICES
 
 __all__ = ["kernel_name", "linear_cross_entropy", "naive_linear_cross_entropy", "supports"]
 
-REDUCTIONS = ("none", "sum", "mean")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def supports(device: str, dtype: torch.dtype) -> str | None:
-    if device not in DEVICES:
-        return f"linear_cross_entropy runs on {' and '.join(DEVICES)}, not on {device}"
-    if dtype not in DTYPES:
-        return f"linear_cross_entropy takes {', '.join(str(d)[6:] for d in DTYPES)}, not {str(dtype)[6:]}"
-    return None
+    return cross_entropy.supports(device, dtype, "linear_cross_entropy")
 
 
 def kernel_name(device: str, dtype: torch.dtype) -> str:
@@ -50,24 +42,10 @@ def naive_linear_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     """The definition, logits and all; float64 for float64 operands, else the loss is float32."""
-    z = F.linear(x, weight, bias).to(wide_dtype(x.dtype)) * logit_scale
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    return naive_cross_entropy(z, target, row_weight, RowLoss(ignore_index, label_smoothing, z_loss=z_loss), reduction)
-
-
-def naive_cross_entropy(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: RowLoss, reduction: str) -> Tensor:
-    z, target = z.reshape(-1, z.shape[-1]), target.reshape(-1)
-    counts = target != loss.ignore_index
-    losses = F.cross_entropy(
-        z, target, ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing, reduction="none"
-    )
-    losses = losses + loss.z_loss * torch.where(counts, torch.logsumexp(z, 1) ** 2, 0.0)
-    if row_weight is not None:
-        losses = losses * row_weight.reshape(-1)
-    if reduction == "none":
-        return losses
-    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
+    return cross_entropy.naive_cross_entropy(
+        F.linear(x, weight, bias), target, row_weight=row_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, reduction=reduction,
+    )  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -119,25 +97,12 @@ def _check(
         raise ValueError(reason)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [V, {x.shape[-1]}] as x is {list(x.shape)}, got {list(weight.shape)}")
-    if target.shape != x.shape[:-1]:
-        raise ValueError(f"target must be {list(x.shape[:-1])} as x is {list(x.shape)}, got {list(target.shape)}")
-    if target.dtype.is_floating_point or target.dtype == torch.bool:
-        raise ValueError(f"target must hold integers, got {target.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] as weight is {list(weight.shape)}, got {list(bias.shape)}")
-    if row_weight is not None and row_weight.shape != target.shape:
-        raise ValueError(f"row_weight must be {list(target.shape)} as target, got {list(row_weight.shape)}")
-    if row_weight is not None and row_weight.requires_grad:
-        raise ValueError("row_weight must not require a gradient")
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None and operand.dtype != x.dtype:
             raise ValueError(f"{name} has dtype {operand.dtype}, x has {x.dtype}")
-    for name, operand in (("weight", weight), ("bias", bias), ("target", target), ("row_weight", row_weight)):
+    for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None and operand.device != x.device:
             raise ValueError(f"{name} is on {operand.device}, x is on {x.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if softcap is not None and softcap <= 0.0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    cross_entropy.check_options("x", x, target, row_weight, label_smoothing, softcap, reduction)

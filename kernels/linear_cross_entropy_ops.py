@@ -65,7 +65,7 @@ def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
         torch._assert_async(legal.all())
 
 
-def _factors(target: Tensor, row_weight: Tensor | None, ignore_index: int, reduction: str, like: Tensor) -> Tensor:
+def row_factors(target: Tensor, row_weight: Tensor | None, ignore_index: int, reduction: str, like: Tensor) -> Tensor:
     """The factor of each row's loss in the loss [N]."""
     one = like.new_ones((), dtype=wide_dtype(like.dtype))
     if reduction == "mean":
@@ -73,7 +73,7 @@ def _factors(target: Tensor, row_weight: Tensor | None, ignore_index: int, reduc
     return one.expand(target.shape) if row_weight is None else row_weight.to(one.dtype) * one
 
 
-def _reduced(losses: Tensor, target: Tensor, row_weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
+def reduced(losses: Tensor, target: Tensor, row_weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
     if row_weight is not None:
         losses = losses * row_weight
     if reduction == "none":
@@ -131,9 +131,9 @@ def forward_chunks(
     need: tuple[bool, bool, bool],
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = _factors(target, row_weight, loss.ignore_index, reduction, x)
+    scale = row_factors(target, row_weight, loss.ignore_index, reduction, x)
     losses, found = _rows(x, weight, bias, target, scale, loss, need, plan)
-    return _reduced(losses, target, row_weight, loss.ignore_index, reduction), *_filled(found, x)
+    return reduced(losses, target, row_weight, loss.ignore_index, reduction), *_filled(found, x)
 
 
 @register_fake(linear_cross_entropy_forward)

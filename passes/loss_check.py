@@ -5,6 +5,7 @@ small sizes; everything else runs as the program has it, in float64.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 from fla_compile.passes.loss_decide import NEVER, Loss
 from fla_compile.passes.loss_emit import Emitter
 from fla_compile.passes.loss_rules import is_zero
-from fla_compile.passes.loss_values import Axis, Label, Losses, Value, flat, resolved
+from fla_compile.passes.loss_values import Axis, Label, Losses, Value, flat, is_one, resolved
 from fla_compile.passes.loss_views import from_end
 from fla_compile.passes.records import Refused
 from fla_compile.passes.spellings import call_of, is_cast, tensor_of
@@ -83,7 +84,7 @@ class Program:
         self.random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
         root = loss.value.root
         V = root.classes.size
-        shape = [self.sizes(label) for label in root.rows]
+        shape = [1 if is_one(label.size) else self.sizes(label) for label in root.rows]
         self.order = loss.target.order
         count = self.sizes.product(self.order)
         if count * V > LARGE:
@@ -93,11 +94,14 @@ class Program:
             picked[1::3] = loss.ignore_index
         self.picked = picked.reshape([self.sizes(label) for label in self.order])
         self.mask = lambda *size: torch.rand(size, generator=generator) > 0.3
-        self.add(root.x, self.random(*shape, WIDTH))
-        self.add(root.weight, self.random(*((WIDTH, V) if root.transposed else (V, WIDTH))))
-        self.has_bias = root.bias is not None
+        if root.weight is None:
+            self.add(root.node, self.random(*shape, V))
+        else:
+            self.add(root.x, self.random(*shape, WIDTH))
+            self.add(root.weight, self.random(*((WIDTH, V) if root.transposed else (V, WIDTH))))
         if root.bias is not None:
             self.add(root.bias, self.random(V))
+        self.leaves = len(self.operands)
         for node in needed(losses, frontier, root.node):
             if node is not root.node and losses.values.get(node) is not None:
                 for operand in node.all_input_nodes:
@@ -137,6 +141,9 @@ class Program:
 
     def logits(self) -> fx.Node:
         root = self.loss.value.root
+        shape = self.sizes.shape(resolved(self.losses.values[root.node].dims))
+        if root.weight is None:
+            return self.graph.call_method("reshape", (self.inputs[root.node], shape))
         weight = self.inputs[root.weight]
         weight = self.graph.call_method("t", (weight,)) if root.transposed else weight
         bias = None if root.bias is None or self.by_hand() else self.inputs[root.bias]
@@ -144,7 +151,7 @@ class Program:
         first = self.losses.values[root.node].class_axis == 0 and len(root.rows) > 0
         if first:
             out = self.graph.call_function(torch.movedim, (out, -1, 0))
-        return self.graph.call_method("reshape", (out, self.sizes.shape(resolved(self.losses.values[root.node].dims))))
+        return self.graph.call_method("reshape", (out, shape))
 
     def by_hand(self) -> bool:
         return self.losses.values[self.loss.value.root.node].root.bias is None
@@ -189,15 +196,15 @@ class Program:
         return self.graph.call_function(operator.getitem, (source, tuple(new)))
 
 
-def check(losses: Losses, frontier: fx.Node, loss: Loss) -> float:
+def check(losses: Losses, frontier: fx.Node, loss: Loss, emitter: Callable[..., Emitter] = Emitter) -> float:
     """The largest relative error; raises `Refused("validation_failed")` beyond tolerance."""
     try:
         program = Program(losses, frontier, loss)
         holder = torch.nn.Module()
         before = fx.GraphModule(holder, program.graph)
-        after = fx.GraphModule(holder, _kernel(program, loss))
+        after = fx.GraphModule(holder, _kernel(program, loss, emitter))
         with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            operands = [x.requires_grad_() if i < 2 + program.has_bias else x for i, x in enumerate(program.operands)]
+            operands = [x.requires_grad_() if i < program.leaves else x for i, x in enumerate(program.operands)]
             want, got = list(in_float64(before)(*operands)), list(in_float64(after)(*operands))
             wanted = [x for x in operands if x.requires_grad]
             pairs = [("value", error(a, b)) for a, b in zip(got, want, strict=True)]
@@ -214,10 +221,10 @@ def check(losses: Losses, frontier: fx.Node, loss: Loss) -> float:
     return size
 
 
-def _kernel(program: Program, loss: Loss) -> fx.Graph:
+def _kernel(program: Program, loss: Loss, emitter: Callable[..., Emitter]) -> fx.Graph:
     graph = fx.Graph()
     mine = {node: graph.placeholder(x.name) for node, x in program.inputs.items()}
-    emitter = Emitter(graph, mine, program.sizes, faked=False)
-    needs = (True, True, program.has_bias)
-    graph.output((emitter.loss(loss, needs, torch.float64, None),))
+    writer = emitter(graph, mine, program.sizes, faked=False)
+    needs = (True, True, loss.value.root.bias is not None)
+    graph.output((writer.loss(loss, needs, torch.float64, None),))
     return graph

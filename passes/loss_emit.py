@@ -95,6 +95,16 @@ class Emitter(Appending):
         if narrow is not None:
             x, weight = self.method("to", x, narrow), self.method("to", weight, narrow)
             bias = None if bias is None else self.method("to", bias, narrow)
+        target, weights = self.targets(loss, order)
+        cap = 0.0 if value.form.cap is None else abs(value.form.cap)
+        found = self.call(
+            torch.ops.fla_compile.linear_cross_entropy.default, x, weight, bias, target, weights, loss.ignore_index,
+            loss.smoothing, cap, value.form.scale, loss.z_loss, loss.reduction, *needs,
+        )  # fmt: skip
+        return self.finished(self.call(operator.getitem, found, 0), loss, order, dtype)
+
+    def targets(self, loss: Loss, order: tuple[Label, ...]) -> tuple[fx.Node, fx.Node | None]:
+        """The targets [N] and the rows' weights [N], if any."""
         target = self.laid_out(loss.target.node, loss.target.dims, order)
         for mask, sense, dims in loss.keeps:
             dropped = self.laid_out(mask, dims, order)
@@ -104,12 +114,10 @@ class Emitter(Appending):
         for factor, dims in loss.weights:
             part = self.laid_out(factor, dims, order)
             weights = part if weights is None else self.call(torch.mul, weights, part)
-        cap = 0.0 if value.form.cap is None else abs(value.form.cap)
-        found = self.call(
-            torch.ops.fla_compile.linear_cross_entropy.default, x, weight, bias, target, weights, loss.ignore_index,
-            loss.smoothing, cap, value.form.scale, loss.z_loss, loss.reduction, *needs,
-        )  # fmt: skip
-        result = self.call(operator.getitem, found, 0)
+        return target, weights
+
+    def finished(self, result: fx.Node, loss: Loss, order: tuple[Label, ...], dtype: torch.dtype) -> fx.Node:
+        """The program's value from the kernel's."""
         if loss.factor != 1.0:
             result = self.call(torch.mul, result, loss.factor)
         if loss.over_rows:

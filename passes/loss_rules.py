@@ -38,7 +38,14 @@ def number(x: Any) -> float | None:
 def view(losses: Losses, call: Call, node: fx.Node) -> Value | None:
     value = losses.of(call.get("input"))
     dims = VIEWS[call.name](value, call, node) if value is not None else None
-    return None if dims is None else value.over(dims)
+    if dims is None or (_lies_over_rows(value) and set(flat(dims)) != set(flat(value.dims))):
+        return None  # some rows of what was made with a target or a factor for each of all
+    return value.over(dims)
+
+
+def _lies_over_rows(value: Value) -> bool:
+    own = {"lse", "sum", "max"}
+    return value.kind in ("row", "exprow") and any(atom[0] not in own for monomial in value.rows for atom in monomial)
 
 
 def _times_number(value: Value, number: float) -> Value | None:
@@ -161,7 +168,7 @@ def _biased(value: Value | None, tensor: Any, factor: float) -> Value | None:
         return None
     fake, root = tensor_of(tensor), value.root
     fresh = value.plain and value.form.scale == 1.0 and value.form.cap is None and root.bias is None
-    if fake is None or not fresh or factor != 1.0 or fake.ndim != 1:
+    if fake is None or root.weight is None or not fresh or factor != 1.0 or fake.ndim != 1:
         return None
     if laid_over(fake.shape, value.dims) != ((root.classes,),) or fake.dtype != tensor_of(root.node).dtype:
         return None

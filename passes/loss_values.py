@@ -87,11 +87,14 @@ class Form:
 
 @dataclass(eq=False)
 class Root:
-    """The layer: `node` gives the logits of x [*rows, D] by weight [V, D], or by [D, V] where `transposed`."""
+    """The layer: `node` gives the logits of x [*rows, D] by weight [V, D], or by [D, V] where `transposed`.
+
+    Logits of whatever origin [*rows, V] have no weight, and are x themselves.
+    """
 
     node: fx.Node
     x: fx.Node
-    weight: fx.Node
+    weight: fx.Node | None
     bias: fx.Node | None
     transposed: bool
     rows: tuple[Label, ...]

@@ -14,9 +14,11 @@ A layer whose logits end in no loss is left without a word.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from fla_compile.kernels.linear_cross_entropy import kernel_name, supports
@@ -72,7 +74,7 @@ def choose(losses: Losses, root: fx.Node) -> tuple[fx.Node, Loss] | None:
         _near_miss(losses, others, why)
         return None
     first = next(iter(decoded))
-    beyond = [node for node in others + list(decoded) if node is not first and not _comes_from(node, first)]
+    beyond = [node for node in others + list(decoded) if node is not first and not comes_from(node, first)]
     if beyond:
         node = beyond[0]
         user = next((u for u in node.users if u not in losses.values), node)
@@ -120,7 +122,7 @@ def _has_size(node: fx.Node, size: Any) -> bool:
     return fake is not None and same_size(fake.numel(), size)
 
 
-def _comes_from(node: fx.Node, other: fx.Node) -> bool:
+def comes_from(node: fx.Node, other: fx.Node) -> bool:
     seen, todo = set[fx.Node](), [node]
     while todo:
         here = todo.pop()
@@ -154,9 +156,15 @@ def check_operands(losses: Losses, node: fx.Node, loss: Loss) -> None:
     reason = supports(device, dtype)
     if reason is not None:
         raise Refused("no_kernel", reason)
-    operands = [root.x, root.weight, root.bias, loss.target.node, *loss.over]
-    operands += [n for n, _ in loss.weights] + [n for n, _, _ in loss.keeps]
-    if written_between(root.node, node) & frozenset[int]().union(*(memory(n) for n in operands)):
+    check_writes(losses, root.node, node, loss, (root.x, root.weight, root.bias))
+
+
+def check_writes(
+    losses: Losses, start: fx.Node, node: fx.Node, loss: Loss, operands: tuple[fx.Node | None, ...]
+) -> None:
+    """Refuse what is not at the loss what it was at `start`, `operands` and all that the loss reads beside them."""
+    read = [*operands, loss.target.node, *loss.over, *(n for n, _ in loss.weights), *(n for n, _, _ in loss.keeps)]
+    if written_between(start, node) & frozenset[int]().union(*(memory(n) for n in read)):
         raise Refused("mutates_input", "the program writes to what the layer or the loss reads, between the two")
     # Targets that were read apart, or into a one-hot matrix, are one only if nothing was written to them meanwhile.
     readers = {n for n, target in losses.one_hots.items() if target == loss.target}
@@ -176,21 +184,37 @@ def _one_hot_is_old(losses: Losses, loss: Loss) -> bool:
 
 def splice(gm: fx.GraphModule, losses: Losses, node: fx.Node, loss: Loss) -> Rewrite:
     """Put the kernel in the place of `node`; what nothing wants any more is removed."""
+    root, fake = loss.value.root, tensor_of(node)
+    operands = root.x, root.weight, root.bias
+    needs = tuple(fake.requires_grad and x is not None and tensor_of(x).requires_grad for x in operands)
+    kernel = kernel_name(fake.device.type, tensor_of(root.node).dtype)
+    nodes = put(gm, losses, node, loss, needs, narrowed(loss))
+    return Rewrite(PATTERN, PATTERN, EQUATION, kernel, place(node), *nodes)
+
+
+def put(
+    gm: fx.GraphModule,
+    losses: Losses,
+    node: fx.Node,
+    loss: Loss,
+    needs: tuple[bool, ...] = (),
+    narrow: torch.dtype | None = None,
+    emitter: Callable[..., Emitter] = Emitter,
+) -> tuple[int, int]:
+    """Write `loss` in the place of `node`; returns how many nodes went and came."""
     graph, root = gm.graph, loss.value.root
-    before, fake, dtype = len(graph.nodes), tensor_of(node), tensor_of(root.node).dtype
-    graded = fake.requires_grad
-    needs = tuple(graded and x is not None and tensor_of(x).requires_grad for x in (root.x, root.weight, root.bias))
+    before, fake = len(graph.nodes), tensor_of(node)
     everything = {n: n for n in graph.nodes}
     with graph.inserting_before(node):
-        emitter = Emitter(graph, everything, lambda label: label.size, faked=True)
+        writer = emitter(graph, everything, lambda label: label.size, faked=True)
         try:
-            result = emitter.loss(loss, needs, fake.dtype, narrowed(loss))
+            result = writer.loss(loss, needs, fake.dtype, narrow)
         except Exception as error:  # a mistake of ours must not cost the user the program
-            for new in reversed(emitter.added):
+            for new in reversed(writer.added):
                 graph.erase_node(new)
             detail = f"cannot be written: {type(error).__name__}: {error}"
             raise Refused("validation_failed", detail, place(node)) from error
-    for new in emitter.added:
+    for new in writer.added:
         new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
     node.replace_all_uses_with(result)
     result.meta["example_value"] = fake
@@ -199,9 +223,7 @@ def splice(gm: fx.GraphModule, losses: Losses, node: fx.Node, loss: Loss) -> Rew
     for old in reversed(list(graph.nodes)):
         if old in own and not old.users:  # what writes over another layer's output has no users either, and stays
             graph.erase_node(old)
-    gone = before + len(emitter.added) - len(graph.nodes)
-    kernel = kernel_name(fake.device.type, dtype)
-    return Rewrite(PATTERN, PATTERN, EQUATION, kernel, place(node), gone, len(emitter.added))
+    return before + len(writer.added) - len(graph.nodes), len(writer.added)
 
 
 def match_linear_cross_entropy(gm: fx.GraphModule, *, validated: bool = True) -> Found:

@@ -19,7 +19,9 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from linear_loss_cases import CASES, Case, check_results, make_operands, options, results  # noqa: E402
 
+from fla_compile.kernels import cross_entropy as over_logits  # noqa: E402
 from fla_compile.kernels import cross_entropy_rows, cross_entropy_triton  # noqa: E402
+from fla_compile.kernels.cross_entropy import cross_entropy, naive_cross_entropy  # noqa: E402
 from fla_compile.kernels.cross_entropy_rows import RowLoss  # noqa: E402
 from fla_compile.kernels.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy  # noqa: E402
 from fla_compile.kernels.linear_cross_entropy_ops import forward_chunks  # noqa: E402
@@ -59,7 +61,35 @@ def check_rows(dtype, n, V, loss, bias, in_place, block=None):
     assert out[::3].eq(0).all()
 
 
+def check_logits(device, dtype, reduction, V=70, **given):
+    """The operator over a slice of logits whose rows lie apart, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    made = (3 * torch.randn(3, 6, V + 5, generator=generator)).to(device, dtype)
+    target = torch.randint(0, V, (3, 5), generator=generator).to(device)
+    target[1, 2:4] = given.get("ignore_index", -100)
+    found = []
+    for fn, given_type in ((cross_entropy, dtype), (naive_cross_entropy, torch.float64)):
+        z = made.to(given_type).requires_grad_()
+        loss = fn(z[:, :-1, :V], target, reduction=reduction, **given)
+        found.append((loss, torch.autograd.grad(loss, z, torch.full_like(loss, -0.7))[0]))
+    (loss, grad), (true, slope) = found
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert (loss - true).abs().max() <= 1e-5 * (1.0 + true.abs().max())
+    assert grad.dtype == dtype and (grad.double() - slope).abs().max() <= tolerance * slope.abs().max()
+
+
+OVER_LOGITS = [
+    (torch.float32, "mean", {}),
+    (torch.float32, "none", dict(ignore_index=3, label_smoothing=0.1, softcap=4.0, z_loss=0.01)),
+    (torch.float16, "sum", dict(logit_scale=0.7)),
+]
+
+
 def interpret() -> None:
+    over_logits.runs_triton = cross_entropy_rows.runs_triton = lambda x: True
+    for dtype, reduction, given in OVER_LOGITS:
+        check_logits("cpu", dtype, reduction, **given)
+        print("ok logits", dtype, reduction)
     for dtype in (torch.float32, torch.float16):
         for loss in ROW_LOSSES:
             for V, block in ((2, None), (50, None), (300, 128), (128, 128), (1000, 256)):
@@ -79,7 +109,7 @@ def test_interpreted():
     env["PYTHONPATH"] = os.pathsep.join(path)
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 2 * 3 * 5 + 2
+    assert done.stdout.count("ok ") == 2 * 3 * 5 + 2 + len(OVER_LOGITS)
 
 
 def compile_kernel(kernel, arch, dtype, constants, warps):
@@ -188,6 +218,27 @@ def test_gpu_edges():
     truth = x.detach().double().requires_grad_()
     want = torch.autograd.grad(0.5 * naive_linear_cross_entropy(truth, weight.double(), target), truth)[0]
     assert (last.double() - want).norm() / want.norm() < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("V", [70, 5000, 40000])
+@pytest.mark.parametrize(("dtype", "reduction", "given"), [*OVER_LOGITS, (torch.bfloat16, "mean", {})], ids=str)
+def test_gpu_logits(dtype, reduction, given, V):
+    check_logits("cuda", dtype, reduction, V, **given)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_over_logits():
+    """Eager: one tensor of the logits' size, the gradient."""
+    z = torch.randn(1024, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(0, 32000, (1024,), device="cuda")
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(cross_entropy(z, target) * 0.5, z)
+        over = torch.cuda.max_memory_allocated() - before
+    assert over <= 2 * z.numel() + (1 << 20)
 
 
 @pytest.mark.gpu

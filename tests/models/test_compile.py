@@ -58,7 +58,9 @@ def test_a_loss_beside_its_logits_is_refused() -> None:
     """Hugging Face's models return both, and so do ours unless they are told."""
     case = MODELS[-2]
     model, ids = case.new_model(num_hidden_layers=1, tie_word_embeddings=True), tokens(2, 6)
-    assert families(fla_compile.explain(model, ids, labels=ids), case, ("logits_used",)) == ()
+    beside = fla_compile.explain(model, ids, labels=ids)
+    assert families(beside, case, ("logits_used",)) == ()
+    assert [r.kernel for r in beside.rewrites if r.pattern == "cross_entropy"] == ["as written (Inductor)"]
     alone = fla_compile.explain(model, ids, labels=ids, skip_logits=True, num_items_in_batch=torch.tensor(9))
     assert families(alone, case) == () and of_pattern(alone, "linear_cross_entropy") == LOSS
 

@@ -163,6 +163,20 @@ def by_writing_over(x, w):
     return F.cross_entropy(z.view(-1, V), IGNORED.view(-1))
 
 
+def by_some_rows_of_a_logsumexp(x, w):
+    z = F.linear(x, w)
+    return (z.logsumexp(-1)[:, 1:] - z[:, 1:].gather(-1, TARGET[:, 1:, None]).squeeze(-1)).sum()
+
+
+def by_some_rows_of_a_loss(x, w):
+    """What becomes of a part of the rows stays as it is."""
+    return F.cross_entropy(F.linear(x, w).transpose(1, 2), TARGET, reduction="none")[:, 1:].cos().sum()
+
+
+def by_a_batch_of_one(x, w):
+    return F.cross_entropy(F.linear(x[:1], w)[:, :-1].reshape(-1, V), IGNORED[:1, 1:].reshape(-1))
+
+
 SPELLINGS = [fn for name, fn in list(globals().items()) if name.startswith("by_")]
 
 
@@ -307,6 +321,7 @@ def test_hugging_face():
     assert [r.pattern for r in counted.rewrites] == ["linear_cross_entropy"]
     both = explain(lambda t, y: model(input_ids=t, labels=y), tokens, labels)
     assert [r.reason for r in both.refusals] == ["logits_used"] and "return the loss alone" in both.refusals[0].detail
+    assert [(r.pattern, r.kernel) for r in both.rewrites] == [("cross_entropy", "as written (Inductor)")]
     backend = Passes(then="aot_eager")
     loss = torch.compile(lambda t, y: model(input_ids=t, labels=y).loss, backend=backend)(tokens, labels)
     want = model(input_ids=tokens, labels=labels).loss

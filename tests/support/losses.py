@@ -57,12 +57,14 @@ def assert_fused(
     return report
 
 
-def assert_refused(fn: Callable, args: Sequence[Any], reason: str, detail: str = "", **how: Any) -> None:
-    """`fn` is refused at the line marked "# here" and computes what it did."""
+def assert_refused(
+    fn: Callable, args: Sequence[Any], reason: str, detail: str = "", *, beside: tuple[str, ...] = (), **how: Any
+) -> None:
+    """`fn` is refused at the line marked "# here" and computes what it did; `beside` are kernels of other patterns."""
     backend = Passes()
     assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True, **how), args)
     (refusal,) = backend.report.refusals
-    assert backend.report.rewrites == ()
+    assert tuple((r.pattern, r.kernel) for r in backend.report.rewrites) == tuple(("cross_entropy", k) for k in beside)
     assert (refusal.pattern, refusal.reason) == ("linear_cross_entropy", reason), refusal
     assert detail in refusal.detail and refusal.source == here(fn), refusal
     assert "fla_compile" not in backend.report.graph("after")
