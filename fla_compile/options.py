@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-PASSES = ("lift", "recurrence", "parallel_attention", "short_conv", "norm_gate", "linear_cross_entropy")
+PASSES = (
+    "lift", "recurrence", "parallel_attention", "short_conv", "norm_gate", "linear_kl_div", "linear_cross_entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_compile.kernels.cross_entropy_triton import block_of, load_logits
+from fla_compile.kernels.cross_entropy_triton import load_logits
 from fla_compile.kernels.kl_div_rows import Divergence, Side
+
+WHOLE = 2048  # 8 numbers of each side in each of 256 threads
 
 
 @triton.jit
@@ -32,8 +34,9 @@ def one_more(b_z, b_top, b_sum):
 
 @triton.jit
 def joined(b_top, b_sum):
+    """A logsumexp in two parts, which are taken off one by one: their sum would round a small log probability."""
     top = tl.max(b_top, 0)
-    return top + tl.log(tl.sum(b_sum * tl.where(b_top == top, 1.0, tl.exp(b_top - top)), 0))
+    return top, tl.log(tl.sum(b_sum * tl.where(b_top == top, 1.0, tl.exp(b_top - top)), 0))
 
 
 @triton.jit
@@ -105,9 +108,8 @@ def divergence_rows_kernel(
             m_v = o_v < V
             b_z, b_y = load_both(p_a, p_bias, p_b, p_their_bias, o_v, m_v, scale, their_scale, HAS_BIAS, HAS_THEIR_BIAS)
             top_p, top_q = tl.max(b_z, 0), tl.max(b_y, 0)
-            lse_p = top_p + tl.log(tl.sum(tl.exp(b_z - top_p), 0))
-            lse_q = top_q + tl.log(tl.sum(tl.exp(b_y - top_q), 0))
-            b_p, b_q, b_at_q, b_at_p = terms(b_z - lse_p, b_y - lse_q, beta, KIND)
+            rest_p, rest_q = tl.log(tl.sum(tl.exp(b_z - top_p), 0)), tl.log(tl.sum(tl.exp(b_y - top_q), 0))
+            b_p, b_q, b_at_q, b_at_p = terms(b_z - top_p - rest_p, b_y - top_q - rest_q, beta, KIND)
             of_q, of_p = tl.sum(b_at_q, 0), tl.sum(b_at_p, 0)
             tl.store(p_loss + i_row, loss_of(of_q, of_p, beta, KIND))
             if STORE:
@@ -125,7 +127,8 @@ def divergence_rows_kernel(
                 )
                 b_top_p, b_sum_p = one_more(b_z, b_top_p, b_sum_p)
                 b_top_q, b_sum_q = one_more(b_y, b_top_q, b_sum_q)
-            lse_p, lse_q = joined(b_top_p, b_sum_p), joined(b_top_q, b_sum_q)
+            top_p, rest_p = joined(b_top_p, b_sum_p)
+            top_q, rest_q = joined(b_top_q, b_sum_q)
             b_of_q, b_of_p = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
             for i in range(tl.cdiv(V, BLOCK) - 1, -1, -1):
                 o_v = i * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +136,7 @@ def divergence_rows_kernel(
                 b_z, b_y = load_both(
                     p_a, p_bias, p_b, p_their_bias, o_v, m_v, scale, their_scale, HAS_BIAS, HAS_THEIR_BIAS
                 )
-                b_p, b_q, b_at_q, b_at_p = terms(b_z - lse_p, b_y - lse_q, beta, KIND)
+                b_p, b_q, b_at_q, b_at_p = terms(b_z - top_p - rest_p, b_y - top_q - rest_q, beta, KIND)
                 b_of_q += b_at_q
                 b_of_p += b_at_p
                 if STORE and DIRECT:
@@ -148,9 +151,15 @@ def divergence_rows_kernel(
                     b_z, b_y = load_both(
                         p_a, p_bias, p_b, p_their_bias, o_v, m_v, scale, their_scale, HAS_BIAS, HAS_THEIR_BIAS
                     )
-                    b_p, b_q, b_at_q, b_at_p = terms(b_z - lse_p, b_y - lse_q, beta, KIND)
+                    b_p, b_q, b_at_q, b_at_p = terms(b_z - top_p - rest_p, b_y - top_q - rest_q, beta, KIND)
                     b_g = gradient(b_p, b_q, b_at_p, of_p, factor, beta, KIND)
                     tl.store(p_out + o_v, b_g.to(p_out.dtype.element_ty), mask=m_v)
+
+
+def block_of(V: int) -> tuple[int, int]:
+    """Logits of each side that a program holds at a time, and its warps: 8 in a thread, which spills nothing."""
+    block = 2 * WHOLE if V > WHOLE else max(256, triton.next_power_of_2(V))
+    return block, block // 256
 
 
 def triton_rows(
@@ -165,7 +174,7 @@ def triton_rows(
         divergence_rows_kernel[(n,)](
             a, student.bias, b, teacher.bias, keep, scale, losses, written, a.stride(0), b.stride(0),
             written.stride(0), 0 if scale is None else scale.stride(0), V, student.scale, teacher.scale, loss.beta,
-            BLOCK=block, IS_WHOLE=V <= block, KIND=loss.kind, HAS_BIAS=student.bias is not None,
+            BLOCK=block, IS_WHOLE=V <= min(block, WHOLE), KIND=loss.kind, HAS_BIAS=student.bias is not None,
             HAS_THEIR_BIAS=teacher.bias is not None, HAS_KEEP=keep is not None, STORE=out is not None,
             num_warps=warps,
         )  # fmt: skip
