@@ -29,7 +29,7 @@ __all__ = ["DIVERGENCES", "Divergence", "Side", "divergence_rows", "runs_triton"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")
 # The Triton rows are right in the interpreter and compile; CUDA takes them once a GPU has run their tests (mark `gpu`).
 CHECKED_ON_GPU = False
-AT_A_TIME = {"cpu": 1 << 19, "cuda": 1 << 24}  # logits whose float32 copies exist together
+AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 24}  # logits whose float32 copies exist together
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,19 @@ def _divergence(logp: Tensor, logq: Tensor, loss: Divergence, *, graded: bool) -
         losses = _sum_where(p, terms)
         return losses, terms.addcmul_(p, losses.unsqueeze(1), value=-1.0) if graded else None
     q, d = logq.exp(), logq.sub_(logp)
-    # log m - log p = log(1 - w + w e^d) where d <= 0, and from log q where d > 0
-    further = torch.where(d > 0, d.new_tensor(1.0 - loss.beta), loss.beta)
-    nearer = further.mul_(torch.expm1(-d.abs())).log1p_()
-    at_q, at_p = q * (d.clamp(max=0.0) - nearer), p * (-nearer - d.clamp(min=0.0))
+    below_p = d.clamp(max=0.0)  # log q and log p under the larger of both, and log m less that
+    below_q = below_p - d
+    m = below_p.exp().mul_(loss.beta).add_(below_q.exp(), alpha=1.0 - loss.beta).log_()
+    at_q, at_p = q * below_p.sub_(m), p * below_q.sub_(m)
     of_q, of_p = _sum_where(q, at_q), _sum_where(p, at_p)
     grad = at_p.addcmul_(p, of_p.unsqueeze(1), value=-1.0).mul_(1.0 - loss.beta) if graded else None
     return loss.beta * of_q + (1.0 - loss.beta) * of_p, grad
 
 
 def _sum_where(probability: Tensor, terms: Tensor) -> Tensor:
-    """Sums over classes, in place without those of probability zero."""
+    """Sums over classes, in place without those of probability zero, which are zero or no number."""
+    if terms.device.type == "cpu":
+        found = terms.sum(1)
+        if not found.isnan().any():
+            return found
     return terms.masked_fill_(probability == 0.0, 0.0).sum(1)
