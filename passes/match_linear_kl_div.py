@@ -14,6 +14,7 @@ Layers that meet in no loss are left without a word.
 """
 
 import time
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -41,10 +42,11 @@ EQUATIONS = {
 
 
 def candidates(losses: Pairs, graph: fx.Graph) -> list[fx.Node]:
-    """The values that compare two layers, the last first, without what another of them is made of in full."""
+    """The values that compare two layers, the last first; of single classes only what is no part of another."""
     values = {n: v for n, v in losses.values.items() if losses.is_shared(v) and n not in losses.spaces}
     meant = [n for n in graph.nodes if n in values and compares(values[n])]
-    return [n for n in reversed(meant) if not (n.users and all(user in meant for user in n.users))]
+    last = [n for n in meant if not (n.users and all(user in meant for user in n.users))]
+    return [n for n in reversed(meant) if values[n].kind != "terms" or n in last]
 
 
 def live(losses: Pairs, inside: list[fx.Node], side: Side) -> bool:
@@ -150,7 +152,18 @@ def splice(gm: fx.GraphModule, losses: Pairs, node: fx.Node, loss: Divided) -> R
     return Rewrite(PATTERN, PATTERN, EQUATIONS[loss.kind], kernel, place(node), gone, len(emitter.added))
 
 
-def refuse(losses: Pairs, found: Found, node: fx.Node, sides: list[Side], why: Refused) -> None:
+@dataclass
+class Failure:
+    """A value that was refused, unless a part of it is a loss by itself."""
+
+    node: fx.Node
+    sides: list[Side]
+    why: Refused
+    inside: set[fx.Node]
+    dropped: bool = False
+
+
+def refuse(found: Found, node: fx.Node, sides: list[Side], why: Refused) -> None:
     found.refusals.append(why.record(PATTERN, place(node)))
     for side in sides:
         side.root.node.meta[REFUSED] = PATTERN
@@ -176,8 +189,14 @@ def match_linear_kl_div(gm: fx.GraphModule, *, validated: bool = True) -> Found:
     if len(losses.spaces) < 2:
         return found
     read(losses, gm.graph, PAIR_RULES)
+    failures: list[Failure] = []
+    done: set[fx.Node] = set()
     for node in candidates(losses, gm.graph):
+        if node in done:
+            continue
         sides = sides_of(losses.values[node])
+        inside = set(between(losses, node, sides))
+        outer = [failure for failure in failures if node in failure.inside]
         try:
             loss = choose(losses, node)
             check_operands(losses, node, loss)
@@ -186,11 +205,18 @@ def match_linear_kl_div(gm: fx.GraphModule, *, validated: bool = True) -> Found:
                 check(losses, node, loss)
                 found.validation_seconds += time.perf_counter() - start
             found.rewrites.append(splice(gm, losses, node, loss))
+            done |= inside
+            for failure in outer:
+                failure.dropped = True
         except Refused as refused:
-            refuse(losses, found, node, sides, refused)
+            if not outer:
+                failures.append(Failure(node, sides, refused, inside))
+    for failure in failures:
+        if not failure.dropped:
+            refuse(found, failure.node, failure.sides, failure.why)
     for node, sides in misread(losses, gm.graph):
         why = Refused("unsupported_loss", "kl_div with these arguments is not the kernel's, or one side is no layer's")
-        refuse(losses, found, node, sides, why)
+        refuse(found, node, sides, why)
     if found.rewrites:
         gm.graph.lint()
         gm.recompile()

@@ -107,6 +107,12 @@ def forward_by_flat_student(x, w, tx, tw):
     return F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1).view(-1, V), reduction="batchmean")
 
 
+def forward_by_writing_over(x, w, tx, tw):
+    s, t = F.linear(x, w), F.linear(tx, tw).detach()
+    s.div_(2.0)
+    return F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction="batchmean").mul_(4.0)
+
+
 def forward_with_two_temperatures(x, w, tx, tw):
     s, t = F.linear(x, w) * 0.5, F.linear(tx, tw).detach() / 3
     return F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction="batchmean")
@@ -254,6 +260,17 @@ class Distilled(nn.Module):
         logits = self.head(torch.tanh(self.embed(tokens)))
         logp = F.log_softmax(logits.float() / TEMPERATURE, -1)
         return F.kl_div(logp, targets, reduction="batchmean") * TEMPERATURE**2
+
+
+def test_a_sum_of_two():
+    """Of two teachers, or in both directions with products of their own: each is a loss by itself."""
+
+    def fn(x, w, tx, tw):
+        return 0.5 * reverse_by_hand(x, w, tx, tw) + forward_by_kl_div(x, w, 2 * tx, tw)
+
+    backend = Passes()
+    assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True), layers())
+    assert [r.pattern for r in backend.report.rewrites] == ["linear_kl_div"] * 2 and not backend.report.refusals
 
 
 @pytest.mark.parametrize("then", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
