@@ -114,7 +114,9 @@ def relative(got: Tensor, want: Tensor) -> float:
     return (error / want.square().sum()).sqrt().item()
 
 
-def measure(run: Run, given: tuple[Tensor, Tensor, Tensor], exact: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+def measure(
+    run: Callable[..., tuple[Tensor, ...]], given: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> dict[str, Any]:
     from triton.testing import do_bench
 
     results: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from fla_compile.kernels.decay_ops import gla, linear_attention, retention, simp
 from fla_compile.kernels.delta_naive import naive_delta_rule, naive_dplr, naive_gated_delta_rule, naive_kda
 from fla_compile.kernels.delta_ops import delta_rule, dplr, gated_delta_rule, kda
 from fla_compile.kernels.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
+from fla_compile.kernels.linear_kl_div import linear_kl_div, naive_linear_kl_div
 from fla_compile.kernels.linear_scan import linear_scan, naive_linear_scan
 from fla_compile.kernels.norm_gate import naive_norm_gate, norm_gate
 from fla_compile.kernels.norm_gate_linear import naive_norm_gate_linear, norm_gate_linear
@@ -29,6 +30,7 @@ __all__ = [
     "kda",
     "linear_attention",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_scan",
     "naive_cross_entropy",
     "naive_delta_rule",
@@ -38,6 +40,7 @@ __all__ = [
     "naive_kda",
     "naive_linear_attention",
     "naive_linear_cross_entropy",
+    "naive_linear_kl_div",
     "naive_linear_scan",
     "naive_norm_gate",
     "naive_norm_gate_linear",

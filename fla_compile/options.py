@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 PASSES = (
-    "lift", "recurrence", "parallel_attention", "short_conv", "norm_gate", "linear_cross_entropy", "cross_entropy",
+    "lift", "recurrence", "parallel_attention", "short_conv", "norm_gate", "linear_kl_div", "linear_cross_entropy",
+    "cross_entropy",
 )  # fmt: skip
 
 

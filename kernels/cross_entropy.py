@@ -22,8 +22,8 @@ from torch import Tensor
 from fla_compile.kernels.cross_entropy_rows import RowLoss, loss_rows, runs_triton, wide_dtype
 from fla_compile.kernels.decay_layout import without_autocast
 from fla_compile.kernels.linear_cross_entropy_ops import check_targets, multiplied, reduced, row_factors
-from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
 from fla_compile.kernels.linear_loss_chunks import CPU_LOGITS
+from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
 
 __all__ = ["check_options", "cross_entropy", "kernel_name", "naive_cross_entropy", "supports"]
 

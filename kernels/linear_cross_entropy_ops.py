@@ -82,13 +82,13 @@ def reduced(losses: Tensor, target: Tensor, row_weight: Tensor | None, ignore_in
     return losses.sum() / (target != ignore_index).sum() if reduction == "mean" else losses.sum()
 
 
-def _filled(found: Gradients, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def filled(found: Gradients, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An operator returns tensors only: where a gradient is not wanted, an empty one stands in its place."""
     dx, dw, db = (x.new_empty(0) if grad is None else grad for grad in (found.dx, found.dw, found.db))
     return dx, dw, db
 
 
-def _filled_fake(x: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+def filled_fake(x: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     held = torch.float32 if x.dtype == torch.float16 else x.dtype
     return (
         x.new_empty(x.shape if need[0] else 0, dtype=held if need[0] else x.dtype),
@@ -133,7 +133,7 @@ def forward_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale = row_factors(target, row_weight, loss.ignore_index, reduction, x)
     losses, found = _rows(x, weight, bias, target, scale, loss, need, plan)
-    return reduced(losses, target, row_weight, loss.ignore_index, reduction), *_filled(found, x)
+    return reduced(losses, target, row_weight, loss.ignore_index, reduction), *filled(found, x)
 
 
 @register_fake(linear_cross_entropy_forward)
@@ -155,7 +155,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     keep = reduction != "none"
     losses = x.new_empty(() if keep else target.shape, dtype=wide_dtype(x.dtype))
-    return losses, *_filled_fake(x, weight, (keep and need_dx, keep and need_dw, keep and need_db))
+    return losses, *filled_fake(x, weight, (keep and need_dx, keep and need_dw, keep and need_db))
 
 
 @operator("linear_cross_entropy_backward")
@@ -177,7 +177,7 @@ def linear_cross_entropy_backward(
     """The gradients of sum_i factor_i l_i."""
     loss = RowLoss(ignore_index, label_smoothing, softcap, logit_scale, z_loss)
     with torch.autocast(x.device.type, enabled=False):
-        return _filled(_rows(x, weight, bias, target, factor, loss, (need_dx, need_dw, need_db))[1], x)
+        return filled(_rows(x, weight, bias, target, factor, loss, (need_dx, need_dw, need_db))[1], x)
 
 
 @register_fake(linear_cross_entropy_backward)
@@ -196,7 +196,7 @@ def _backward_fake(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _filled_fake(x, weight, (need_dx, need_dw, need_db))
+    return filled_fake(x, weight, (need_dx, need_dw, need_db))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

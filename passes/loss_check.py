@@ -198,11 +198,16 @@ class Program:
 
 def check(losses: Losses, frontier: fx.Node, loss: Loss, emitter: Callable[..., Emitter] = Emitter) -> float:
     """The largest relative error; raises `Refused("validation_failed")` beyond tolerance."""
+    return compare(lambda: Program(losses, frontier, loss), lambda program: _kernel(program, loss, emitter))
+
+
+def compare(program_of: Callable[[], Any], kernel_of: Callable[[Any], fx.Graph]) -> float:
+    """The same for any program and the graph that replaces it."""
     try:
-        program = Program(losses, frontier, loss)
+        program = program_of()
         holder = torch.nn.Module()
         before = fx.GraphModule(holder, program.graph)
-        after = fx.GraphModule(holder, _kernel(program, loss, emitter))
+        after = fx.GraphModule(holder, kernel_of(program))
         with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             operands = [x.requires_grad_() if i < program.leaves else x for i, x in enumerate(program.operands)]
             want, got = list(in_float64(before)(*operands)), list(in_float64(after)(*operands))

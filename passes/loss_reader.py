@@ -1,26 +1,27 @@
 """Read a graph once, in order: which of its values come from logits, and what they are (`loss_values`)."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
 from fla_compile.passes.loss_reductions import REDUCTIONS
 from fla_compile.passes.loss_rules import ARITHMETIC
-from fla_compile.passes.loss_values import Losses
+from fla_compile.passes.loss_values import Losses, Value
 from fla_compile.passes.loss_views import VIEWS
 from fla_compile.passes.spellings import call_of, tensor_of
 
 RULES = {**ARITHMETIC, **REDUCTIONS}
 
 
-def read(losses: Losses, graph: fx.Graph) -> None:
+def read(losses: Losses, graph: fx.Graph, rules: Mapping[str, Callable[..., Value | None]] = RULES) -> None:
     """Value by value, in order; `losses` starts with the logits."""
     for node in graph.nodes:
         known = losses.values.keys() | losses.pairs
         if node in losses.values or known.isdisjoint(node.all_input_nodes):
             continue
         call = call_of(node)
-        rule = RULES.get(call.name) if call is not None else None
+        rule = rules.get(call.name) if call is not None else None
         if call is not None and call.name == "max" and _is_pair(node):
             losses.pairs.add(node)
             continue

@@ -38,6 +38,7 @@ EQUATION = "l = logsumexp(W x) - (W x)_t"
 # What only a loss does with logits: one of these that is not understood is worth a word.
 LOSSES = {"cross_entropy", "nll_loss", "log_softmax", "logsumexp"}
 HOPS = 6  # operations between logits and a loss
+REFUSED = "fla_refused"  # mark of logits for which another pass has said why
 ADVICE = "return the loss alone from the compiled function to spare the logits"
 
 
@@ -250,7 +251,8 @@ def match_linear_cross_entropy(gm: fx.GraphModule, *, validated: bool = True) ->
                 raise
             found.rewrites.append(splice(gm, losses, node, loss))
         except Refused as refused:
-            found.refusals.append(refused.record(PATTERN, place(root)))
+            if REFUSED not in root.meta:
+                found.refusals.append(refused.record(PATTERN, place(root)))
     if found.rewrites:
         gm.graph.lint()
         gm.recompile()

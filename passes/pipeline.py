@@ -10,6 +10,7 @@ from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, se
 from fla_compile.passes.fission import Delay, Window
 from fla_compile.passes.match_cross_entropy import match_cross_entropy
 from fla_compile.passes.match_linear_cross_entropy import match_linear_cross_entropy
+from fla_compile.passes.match_linear_kl_div import match_linear_kl_div
 from fla_compile.passes.match_norm_gate import match_norm_gate
 from fla_compile.passes.match_parallel import match_parallel
 from fla_compile.passes.match_recurrences import Known, match_recurrences
@@ -26,6 +27,7 @@ PATTERNS: dict[str, Callable[..., Any]] = {
     "parallel_attention": match_parallel,
     "short_conv": match_short_conv,
     "norm_gate": match_norm_gate,
+    "linear_kl_div": match_linear_kl_div,
     "linear_cross_entropy": match_linear_cross_entropy,
     "cross_entropy": match_cross_entropy,
 }
