@@ -9,6 +9,20 @@ from fla_compile.kernels.decay_naive import (
     naive_simple_gla,
 )
 from fla_compile.kernels.decay_ops import gla, linear_attention, retention, simple_gla
+from fla_compile.kernels.decay_step import (
+    gla_step,
+    linear_attention_step,
+    retention_step,
+    rwkv6_step,
+    simple_gla_step,
+)
+from fla_compile.kernels.decay_step_naive import (
+    naive_gla_step,
+    naive_linear_attention_step,
+    naive_retention_step,
+    naive_rwkv6_step,
+    naive_simple_gla_step,
+)
 from fla_compile.kernels.delta_naive import naive_delta_rule, naive_dplr, naive_gated_delta_rule, naive_kda
 from fla_compile.kernels.delta_ops import delta_rule, dplr, gated_delta_rule, kda
 from fla_compile.kernels.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
@@ -27,8 +41,10 @@ __all__ = [
     "dplr",
     "gated_delta_rule",
     "gla",
+    "gla_step",
     "kda",
     "linear_attention",
+    "linear_attention_step",
     "linear_cross_entropy",
     "linear_kl_div",
     "linear_scan",
@@ -37,25 +53,33 @@ __all__ = [
     "naive_dplr",
     "naive_gated_delta_rule",
     "naive_gla",
+    "naive_gla_step",
     "naive_kda",
     "naive_linear_attention",
+    "naive_linear_attention_step",
     "naive_linear_cross_entropy",
     "naive_linear_kl_div",
     "naive_linear_scan",
     "naive_norm_gate",
     "naive_norm_gate_linear",
     "naive_retention",
+    "naive_retention_step",
     "naive_rwkv6",
+    "naive_rwkv6_step",
     "naive_selective_scan",
     "naive_short_conv",
     "naive_short_conv_step",
     "naive_simple_gla",
+    "naive_simple_gla_step",
     "norm_gate",
     "norm_gate_linear",
     "retention",
+    "retention_step",
     "rwkv6",
+    "rwkv6_step",
     "selective_scan",
     "short_conv",
     "short_conv_step",
     "simple_gla",
+    "simple_gla_step",
 ]

@@ -10,12 +10,14 @@ rwkv6               as gla, read before the update                B, T, H, K
 """
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
+from fla_compile.kernels.decay_configs import step_checked
 from fla_compile.kernels.operators import DEVICES
 
 # The axes of g.
@@ -30,6 +32,10 @@ FAMILIES: dict[str, tuple[str, ...] | None] = {
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_HEAD_CUDA = 256
 PRODUCTS_ONLY = ("gla_values",)
+
+# What the step kernel takes; a longer sequence is for the chunk kernels.
+MOST_STEPS = 16
+LARGEST_STEP_KEYS, LARGEST_STEP_VALUES = 256, 512
 
 
 def supports(family: str, device_type: str, dtype: torch.dtype, K: int, V: int) -> str | None:
@@ -59,6 +65,27 @@ def chunks_for(q: Tensor) -> ModuleType:
     from fla_compile.kernels import decay_triton  # triton may be absent
 
     return decay_triton
+
+
+def has_step_kernel(device: torch.device, dtype: torch.dtype, K: int, V: int) -> bool:
+    """Whether up to `MOST_STEPS` steps of any family run the step kernel there."""
+    fits = dtype != torch.float64 and K <= LARGEST_STEP_KEYS and V <= LARGEST_STEP_VALUES
+    return fits and device.type == "cuda" and _step_checked(device)
+
+
+@cache
+def _step_checked(device: torch.device) -> bool:
+    major, minor = torch.cuda.get_device_capability(device)
+    return step_checked(10 * major + minor)
+
+
+def steps_for(q: Tensor, v: Tensor) -> ModuleType | None:
+    """Where `step_forward` is, for operands like q and v of so few steps that it runs them; else None."""
+    if q.shape[1] > MOST_STEPS or not has_step_kernel(q.device, q.dtype, q.shape[-1], v.shape[-1]):
+        return None
+    from fla_compile.kernels import decay_step_triton
+
+    return decay_step_triton
 
 
 def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> None:

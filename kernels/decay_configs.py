@@ -11,7 +11,20 @@ Narrow rows compile without spilling, float32 rows with at most 16 bytes; the te
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["ARCHS", "CLASSES", "KINDS", "TABLE", "Config", "all_configs", "configs_for"]
+__all__ = [
+    "ARCHS",
+    "CLASSES",
+    "KINDS",
+    "STEPS",
+    "STEPS_CHECKED",
+    "TABLE",
+    "Config",
+    "StepConfig",
+    "all_configs",
+    "configs_for",
+    "step_checked",
+    "step_config",
+]
 
 ARCHS = (80, 90, 100)
 CLASSES = (64, 128, 256)
@@ -77,6 +90,48 @@ TABLE: dict[Row, tuple[Config, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class StepConfig:
+    """The step kernel holds all keys of a state and `block_v` of its values; it needs next to no shared memory."""
+
+    block_v: int
+    num_warps: int
+
+
+# By architecture and the largest number of keys. 16 values of a row are 64 bytes, what memory moves at once; blocks are
+# small so that 32 heads make programs enough for an H100, and a thread holds 16 or 32 numbers of the state. Among such
+# tiles a row has one that compiles without a stack for every family.
+STEPS: dict[tuple[int, int], StepConfig] = {
+    (80, 64): StepConfig(16, 1),
+    (80, 128): StepConfig(16, 4),
+    (80, 256): StepConfig(16, 4),
+    (90, 64): StepConfig(16, 1),
+    (90, 128): StepConfig(16, 4),
+    (90, 256): StepConfig(16, 8),
+    (100, 64): StepConfig(16, 1),
+    (100, 128): StepConfig(8, 2),
+    (100, 256): StepConfig(16, 8),
+}
+
+# The architectures whose rows of STEPS passed `pytest -m gpu tests/kernels/test_decay_step_triton.py`. On these, and
+# on no other, the operators run the step kernel.
+STEPS_CHECKED: tuple[int, ...] = ()
+
+
+def _row_arch(arch: int) -> int:
+    """The architecture of the table whose rows are read: the nearest at or below."""
+    return max((a for a in ARCHS if a <= arch), default=ARCHS[0])
+
+
+def step_config(arch: int, keys: int) -> StepConfig:
+    """The step kernel's tile for up to 256 keys."""
+    return STEPS[_row_arch(arch), next(c for c in CLASSES if keys <= c)]
+
+
+def step_checked(arch: int) -> bool:
+    return _row_arch(arch) in STEPS_CHECKED
+
+
 def configs_for(
     arch: int, launch: str, kind: str, nbytes: int, size: int, shared_limit: int | None = None
 ) -> tuple[Config, ...]:
@@ -85,7 +140,7 @@ def configs_for(
     `arch` is the compute capability as 80, 86, 90, ...; the nearest row at or below it is read.
     """
     row = Row(
-        arch=max((a for a in ARCHS if a <= arch), default=ARCHS[0]),
+        arch=_row_arch(arch),
         launch=launch,
         family=KINDS[kind],
         nbytes=nbytes,

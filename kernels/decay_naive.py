@@ -135,12 +135,12 @@ def _recur(
     u: Tensor | None = None,  # [H, K]; given, the state is read before the update
 ) -> tuple[Tensor, Tensor | None]:
     if cu_seqlens is None:
-        return _loop(q, k, v, a, scale, initial_state, output_final_state, w=w, u=u)
+        return naive_loop(q, k, v, a, scale, initial_state, output_final_state, w=w, u=u)
     rows = {"q": q, "k": k, "v": v, "a": a, "w": w}
-    return each_sequence(partial(_loop, scale=scale, u=u), cu_seqlens, rows, initial_state, output_final_state)
+    return each_sequence(partial(naive_loop, scale=scale, u=u), cu_seqlens, rows, initial_state, output_final_state)
 
 
-def _loop(
+def naive_loop(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -3,8 +3,9 @@
     S_t = diag(a_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t        a_t = exp(g_t)
 
 One forward operator for each family in `OPS`, so that a graph says what it runs, and one backward for all of them:
-the rank of g tells the families apart. CPU runs `decay_cpu`, CUDA runs `decay_triton`. A decay over values and
-RWKV-6's reading are operators of their own, in `decay_values` and `rwkv6_ops`.
+the rank of g tells the families apart. CPU runs `decay_cpu`, CUDA runs `decay_triton`, and forward over few steps
+`decay_step_triton` where that is checked. A decay over values and RWKV-6's reading are operators of their own, in
+`decay_values` and `rwkv6_ops`; `decay_step` has those that update a state in place.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ from fla_compile.kernels.decay_checks import (
     chunks_for,
     kernel_name,
     state_dtype,
+    steps_for,
     supports,
 )
 from fla_compile.kernels.decay_naive import retnet_gamma
@@ -41,6 +43,9 @@ def _forward_cpu(
 def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    steps = steps_for(q, v)
+    if steps is not None:
+        return steps.step_forward(q, k, v, g, initial_state, scale)
     return chunks_for(q).chunk_forward(q, k, v, g, initial_state, scale)
 
 

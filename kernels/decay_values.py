@@ -3,7 +3,7 @@
     S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T        o_t = scale * S_t^T q_t
 
 q, k [B, T, H, K]; v [B, T, H, V]; g None or [B, T, H, K]; gv [B, T, H, V]; the state [B, H, K, V]. Every device runs
-the chunks of `decay_cpu` in matrix products.
+the chunks of `decay_cpu` in matrix products; forward over few steps `decay_step_triton` where that is checked.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
-from fla_compile.kernels.decay_checks import state_dtype
+from fla_compile.kernels.decay_checks import state_dtype, steps_for
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
 from fla_compile.kernels.packed import register_packed
 
@@ -21,6 +21,9 @@ from fla_compile.kernels.packed import register_packed
 def gla_values(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    steps = steps_for(q, v)
+    if steps is not None:
+        return steps.step_forward(q, k, v, g, initial_state, scale, gv=gv)
     return decay_cpu.chunk_forward(q, k, v, g, initial_state, scale, gv=gv)
 
 

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fla_compile.kernels.decay_checks import FAMILIES, check_gate, check_operands, chunks_for, state_dtype
+from fla_compile.kernels.decay_checks import (
+    FAMILIES,
+    check_gate,
+    check_operands,
+    chunks_for,
+    state_dtype,
+    steps_for,
+)
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
 from fla_compile.kernels.packed import check_packed, register_packed
 
@@ -28,6 +35,9 @@ __all__ = ["rwkv6"]
 def rwkv6_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
+    steps = steps_for(q, v)
+    if steps is not None:
+        return steps.step_forward(q, k, v, g, initial_state, scale, u=u, before=True)
     chunks = chunks_for(q)
     y, final = chunks.chunk_forward(*_delayed(q, k, v, g), initial_state, scale)
     y = y[:, :-1]

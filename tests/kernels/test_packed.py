@@ -117,8 +117,10 @@ def _check(family, lengths, dtype, cu_dtype=torch.int64):
 
 
 def test_the_table_is_complete():
-    """All recurrences: the short convolution packs by itself (test_short_conv.py), rows know no sequences."""
-    others = {"short_conv", "short_conv_step", "norm_gate", "norm_gate_linear", "linear_cross_entropy", "linear_kl_div"}
+    """All recurrences: the short convolution packs by itself (test_short_conv.py), rows and steps know no sequences."""
+    others = {"short_conv", "short_conv_step", "norm_gate", "norm_gate_linear"}
+    others |= {"cross_entropy", "linear_cross_entropy", "linear_kl_div"}
+    others |= {f"{family}_step" for family in ("linear_attention", "retention", "simple_gla", "gla", "rwkv6")}
     names = {name.removeprefix("naive_") for name in ops.__all__} - others
     assert names == {family.removesuffix("_values").removesuffix("_both") for family in OPERANDS}
 
