@@ -30,7 +30,6 @@ from fla_compile.kernels.packed import check_packed, register_packed
 __all__ = ["rwkv6"]
 
 
-
 @operator("rwkv6")
 def rwkv6_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, initial_state: Tensor | None, scale: float

@@ -69,6 +69,7 @@ def interpret() -> None:
         print("ok strong", kind)
 
 
+@pytest.mark.slow
 def test_interpreted():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]

@@ -40,12 +40,22 @@ def rows_returned(x, w, tx, tw):
     return rows.mean(), rows.sin()  # here
 
 
-ESCAPES = [logits_returned, teacher_logits_returned, with_a_cross_entropy]
+ESCAPES = [logits_returned, teacher_logits_returned]
 
 
 @pytest.mark.parametrize("fn", ESCAPES, ids=lambda fn: fn.__name__)
 def test_escapes(fn):
     assert_refused(fn, layers(), "logits_used", "return the loss alone")
+
+
+def test_a_cross_entropy_of_the_same_logits():
+    backend = Passes()
+    compiled = torch.compile(with_a_cross_entropy, backend=backend, fullgraph=True)
+    assert_same(with_a_cross_entropy, compiled, layers())
+    assert [(r.pattern, r.kernel) for r in backend.report.rewrites] == [("cross_entropy", "as written (Inductor)")]
+    (refusal,) = backend.report.refusals
+    assert (refusal.pattern, refusal.reason) == ("linear_kl_div", "logits_used")
+    assert "return the loss alone" in refusal.detail and refusal.source == here(with_a_cross_entropy)
 
 
 def test_rows_that_are_used_twice():
