@@ -4,8 +4,8 @@
     rwkv6: o_t = scale * (S_{t-1} + diag(u) k_t v_t^T)^T q_t
 
 One operator for every family, `fla_compile::decay_step_`: the rank of g says whether a_t is one of a head, of a head
-and step, or of a key. It is defined without `custom_op`, whose wrapper for autograd costs more than the launch. CUDA
-runs `decay_step_triton` where that is checked, else, as the CPU, plain torch operations, one step after another.
+and step, or of a key. CUDA runs `decay_step_triton` where that is checked, else, as the CPU, plain torch operations,
+one step after another.
 
 Neighbouring heads may share operands: of H states [B, H, K, V], k, v and the decays have H heads or a divisor of H, and
 q has H, a divisor of H, or a multiple of H, whose queries then read the same state.
@@ -17,6 +17,7 @@ from torch import Tensor
 from fla_compile.kernels.decay_checks import has_step_kernel, state_dtype
 from fla_compile.kernels.decay_naive import retnet_gamma
 from fla_compile.kernels.decay_step_checks import check_no_gradient, check_rank, check_steps
+from fla_compile.kernels.operators import operator, register_fake
 
 __all__ = [
     "decay_step_op",
@@ -28,20 +29,14 @@ __all__ = [
     "simple_gla_step",
 ]
 
-_library = torch.library.Library("fla_compile", "FRAGMENT")
-_library.define(
-    "decay_step_(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? g, Tensor? gv, Tensor? u, bool log,"
-    " bool before, float scale) -> Tensor"
-)
-decay_step_op = torch.ops.fla_compile.decay_step_.default
-
 
 def kernel_name(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str:
     """What runs the steps, for reports."""
     return "step (Triton)" if has_step_kernel(device, dtype, K, V) else "step (torch)"
 
 
-def _step(
+@operator("decay_step_", mutates=("state",))
+def decay_step_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -56,14 +51,13 @@ def _step(
     if has_step_kernel(q.device, q.dtype, q.shape[-1], v.shape[-1]):
         from fla_compile.kernels import decay_step_triton  # triton may be absent
 
-        o = decay_step_triton.step_in_place(q, k, v, state, g, gv, u, log=log, before=before, scale=scale)
-        torch.autograd.graph.increment_version(state)
-        return o
+        return decay_step_triton.step_in_place(q, k, v, state, g, gv, u, log=log, before=before, scale=scale)
     check_steps(q, k, v, state, g, gv, u)
     with torch.autocast(q.device.type, enabled=False):
         return _plain_step(q, k, v, state, g, gv, u, log, before, scale)
 
 
+@register_fake(decay_step_op)
 def _step_fake(
     q: Tensor,
     k: Tensor,
@@ -79,11 +73,6 @@ def _step_fake(
     check_steps(q, k, v, state, g, gv, u)
     B, T, heads, _ = q.shape
     return v.new_empty((B, T, max(heads, state.shape[1]), v.shape[-1]))
-
-
-_library.impl("decay_step_", _step, "CPU")
-_library.impl("decay_step_", _step, "CUDA")
-torch.library.register_fake("fla_compile::decay_step_", _step_fake, lib=_library)
 
 
 def _plain_step(

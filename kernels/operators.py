@@ -2,8 +2,7 @@
 
 They do what `torch.library.custom_op` does and cost half at every call: its gradients look each argument's default up
 in a list that is made anew for each (of n arguments, n lists of n), and its kernels look for aliases among operands and
-results, which `opcheck` does in the tests. Operators that write to an operand, or take or return lists, are
-`custom_op`s.
+results, which `opcheck` does in the tests. Operators that take or return lists are `custom_op`s.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +19,16 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def operator(
-    name: str, devices: Sequence[str] = DEVICES, schema: str | None = None
+    name: str, devices: Sequence[str] = DEVICES, schema: str | None = None, mutates: Sequence[str] = ()
 ) -> Callable[[Callable], OpOverload]:
     """Make `fla_compile::name` of a function with types (or a schema), which is its kernel on `devices`.
 
-    It has no defaults, writes to no operand and returns none.
+    It has no defaults, writes to the operands that `mutates` names alone, and returns none; one that writes has no
+    gradient.
     """
 
     def define(kernel: Callable) -> OpOverload:
-        signature = name + (schema or torch.library.infer_schema(kernel, mutates_args=()))
+        signature = name + (schema or torch.library.infer_schema(kernel, mutates_args=mutates))
         if "=" in signature:  # the dispatcher leaves out arguments that are their defaults
             raise ValueError(f"an operator's arguments have no defaults: {signature}")
         _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -41,9 +41,20 @@ def operator(
 
 
 def register_kernel(op: OpOverload, device: str) -> Callable[[Callable], Callable]:
+    aliases = [argument.alias_info for argument in op._schema.arguments]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+    def and_tell(kernel: Callable) -> Callable:
+        def run(*args: Any) -> Any:
+            result = kernel(*args)
+            torch.autograd.graph.increment_version([args[i] for i in written])  # a kernel of ours writes unseen
+            return result
+
+        return run
+
     def register(kernel: Callable) -> Callable:
         # Dynamo must not trace a kernel that a program calls between two graphs.
-        _LIBRARY.impl(op, torch._disable_dynamo(kernel), device.upper())
+        _LIBRARY.impl(op, torch._disable_dynamo(and_tell(kernel) if written else kernel), device.upper())
         return kernel
 
     return register

@@ -209,7 +209,7 @@ register_autograd(short_conv_op, _autograd, setup_context=_setup_context)
 
 
 # the state is updated in place: no gradient
-@torch.library.custom_op("fla_compile::short_conv_step", mutates_args=("state",), device_types=DEVICES)
+@operator("short_conv_step", mutates=("state",))
 def short_conv_step_op(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu: bool
 ) -> Tensor:
@@ -224,7 +224,7 @@ def short_conv_step_op(
     return y[:, 0].contiguous()
 
 
-@short_conv_step_op.register_fake
+@register_fake(short_conv_step_op)
 def _step_fake(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu: bool
 ) -> Tensor:

@@ -62,6 +62,28 @@ def test_dynamo_leaves_a_kernel_alone():
     assert any("add" in target for target in seen) and not any("mul" in target for target in seen)
 
 
+def test_what_a_kernel_writes_is_told():
+    """Through memory that torch does not see written, as a Triton kernel's: backward must not take what was saved."""
+
+    def kernel(x: Tensor, state: Tensor) -> Tensor:
+        state.numpy()[:] = 2.0
+        return x + 1
+
+    writes = operator("test_writes", mutates=("state",))(kernel)
+    register_fake(writes)(lambda x, state: torch.empty_like(x))
+    x, state = torch.ones(3, requires_grad=True), torch.ones(3)
+    y = (x * state).sum()
+    writes(x.detach(), state)
+    assert state.tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():
+        writes(x.detach(), torch.ones(3))
+    compiled = torch.compile(lambda x, state: (writes(x, state), state * 2), backend="aot_eager", fullgraph=True)
+    _, after = compiled(x.detach(), torch.ones(3))
+    assert after.tolist() == [4.0, 4.0, 4.0]
+
+
 def test_defaults_are_refused():
     def kernel(x: Tensor, factor: float = 1.0) -> Tensor:
         return x * factor
