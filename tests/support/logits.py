@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from losses import B, T, V
 from programs import assert_same, here
 
 from fla_compile import dynamo
@@ -75,3 +76,7 @@ def assert_refused(fn: Callable, args: Sequence[Any], reason: str, detail: str =
     assert backend.found[-1].rewrites == [] and OPERATOR not in backend.targets
     assert (refusal.pattern, refusal.reason) == ("cross_entropy", reason), refusal
     assert detail in refusal.detail and refusal.source == here(fn), refusal
+
+
+def logits(dtype=torch.float32):
+    return torch.randn(B, T, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
