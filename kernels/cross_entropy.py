@@ -21,23 +21,26 @@ from torch import Tensor
 
 from fla_compile.kernels.cross_entropy_rows import RowLoss, loss_rows, runs_triton, wide_dtype
 from fla_compile.kernels.decay_layout import without_autocast
-from fla_compile.kernels.linear_cross_entropy_ops import check_targets, multiplied, reduced, row_factors
 from fla_compile.kernels.linear_loss_chunks import CPU_LOGITS
-from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
+from fla_compile.kernels.loss_ops import (
+    REDUCTIONS,
+    check_differentiated_once,
+    check_rows,
+    check_targets,
+    multiplied,
+    reduced,
+    refusal,
+    row_factors,
+)
+from fla_compile.kernels.operators import operator, register_autograd, register_fake
 
 __all__ = ["check_options", "cross_entropy", "kernel_name", "naive_cross_entropy", "supports"]
 
-REDUCTIONS = ("none", "sum", "mean")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MATRICES = 64  # launches for rows that lie at no single distance; beyond this they are copied
 
 
-def supports(device: str, dtype: torch.dtype, op: str = "cross_entropy") -> str | None:
-    if device not in DEVICES:
-        return f"{op} runs on {' and '.join(DEVICES)}, not on {device}"
-    if dtype not in DTYPES:
-        return f"{op} takes {', '.join(str(d)[6:] for d in DTYPES)}, not {str(dtype)[6:]}"
-    return None
+def supports(device: str, dtype: torch.dtype) -> str | None:
+    return refusal("cross_entropy", device, dtype)
 
 
 def kernel_name(device: str, dtype: torch.dtype) -> str:
@@ -127,9 +130,10 @@ def cross_entropy_forward(
     check_targets(target, logits.shape[-1], ignore_index)
     t, weight = target.reshape(-1), None if row_weight is None else row_weight.reshape(-1)
     want = with_gradient and reduction != "none"
-    scale = row_factors(t, weight, ignore_index, reduction, logits) if want else None
+    keep = t != ignore_index
+    scale = row_factors(t.shape, keep, weight, reduction, logits) if want else None
     losses, grad = losses_of(logits, target, scale, loss, want)
-    found = reduced(losses, t, weight, ignore_index, reduction)
+    found = reduced(losses, keep, weight, reduction)
     return found.reshape(target.shape) if reduction == "none" else found, logits.new_empty(0) if grad is None else grad
 
 
@@ -192,14 +196,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *of_gradient: Tensor | None) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():  # a graph of the backward would hold gradients that came from no graph
-        raise RuntimeError("cross_entropy cannot be differentiated twice: create_graph is not supported")
+    check_differentiated_once("cross_entropy")
     grad: Tensor | None = None
     if dloss is not None and ctx.has_gradient:
         grad = multiplied(ctx.saved_tensors[0], dloss)
     elif dloss is not None:
         logits, target, row_weight = ctx.saved_tensors
-        factor = row_factors(target, row_weight, ctx.loss[0], ctx.reduction, logits) * dloss
+        keep = target != ctx.loss[0]
+        factor = row_factors(target.shape, keep, row_weight, ctx.reduction, logits) * dloss
         grad = cross_entropy_backward(logits, target, factor, *ctx.loss)
     return grad, *(None,) * 9
 
@@ -251,17 +255,7 @@ def check_options(
     reduction: str,
 ) -> None:
     """Raises ValueError for what does not fit rows of x [..., *], which the message calls `name`."""
-    if x.ndim < 1 or target.shape != x.shape[:-1]:
-        raise ValueError(f"target must be {list(x.shape[:-1])} as {name} is {list(x.shape)}, got {list(target.shape)}")
-    if target.dtype.is_floating_point or target.dtype == torch.bool:
-        raise ValueError(f"target must hold integers, got {target.dtype}")
-    if row_weight is not None and row_weight.shape != target.shape:
-        raise ValueError(f"row_weight must be {list(target.shape)} as target, got {list(row_weight.shape)}")
-    if row_weight is not None and row_weight.requires_grad:
-        raise ValueError("row_weight must not require a gradient")
-    for other, operand in (("target", target), ("row_weight", row_weight)):
-        if operand is not None and operand.device != x.device:
-            raise ValueError(f"{other} is on {operand.device}, {name} is on {x.device}")
+    check_rows(name, x, target, row_weight)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

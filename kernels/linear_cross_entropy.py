@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fla_compile.kernels import cross_entropy
 from fla_compile.kernels.linear_cross_entropy_ops import linear_cross_entropy_forward
+from fla_compile.kernels.loss_ops import refusal
 
 __all__ = ["kernel_name", "linear_cross_entropy", "naive_linear_cross_entropy", "supports"]
 
 
 def supports(device: str, dtype: torch.dtype) -> str | None:
-    return cross_entropy.supports(device, dtype, "linear_cross_entropy")
+    return refusal("linear_cross_entropy", device, dtype)
 
 
 def kernel_name(device: str, dtype: torch.dtype) -> str:

@@ -1,12 +1,7 @@
 """The operators of `linear_cross_entropy`: forward with its gradients, backward, `torch.library` registration.
 
-The loss is L = sum_i r_i l_i, or that over the number of targets that count, and dL/da_i is known as soon as the row
-is, up to the factor dL. So the forward computes dx, dW and db chunk by chunk (`linear_loss_chunks`), and the backward
-multiplies by the factor. Without a reduction the factor is one a row and comes too late: there the forward computes the
-losses alone, and the backward the chunks once more, with the rows' factors.
-
-float16 gradients are kept in float32 until the factor is known, and their rows scaled to 2^10 inside: a loss scale must
-be able to lift them before they are rounded.
+The forward computes dx, dW and db chunk by chunk, and the backward multiplies by the factor of the loss (`loss_ops`).
+Without a reduction the backward computes the chunks once more, with the rows' factors.
 
 Source: Hsu et al. 2024 (arXiv:2410.10989) for gradients in the forward.
 """
@@ -16,9 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_compile.kernels.cross_entropy_rows import RowLoss, loss_rows, scale_in_place, wide_dtype
+from fla_compile.kernels.cross_entropy_rows import RowLoss, loss_rows, wide_dtype
 from fla_compile.kernels.decay_layout import without_autocast
-from fla_compile.kernels.linear_loss_chunks import Gradients, Plan, chunk_linear_loss
+from fla_compile.kernels.linear_loss_chunks import Gradients, Plan
+from fla_compile.kernels.loss_ops import (
+    Need,
+    check_targets,
+    filled,
+    filled_fake,
+    keep_for_backward,
+    layer_gradients,
+    lifted_linear_loss,
+    reduced,
+    row_factors,
+)
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
 
 LIFT = 1024.0  # float16 rows: dl/da is at most 1, and its parts of 2^-24 / LIFT are not lost
@@ -29,72 +35,19 @@ def _rows(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    scale: Tensor,
+    factor: Tensor,
     loss: RowLoss,
-    need: tuple[bool, bool, bool],
+    need: Need,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """Losses [N], and the gradients of sum_i scale_i l_i."""
+    """Losses [N], and the gradients of sum_i factor_i l_i."""
     check_targets(target, weight.shape[0], loss.ignore_index)
-    target, grads = target.long().contiguous(), any(need)
-    unlift = None
-    if x.dtype == torch.float16 and grads and target.numel():
-        top = scale.abs().max()
-        top = torch.where(torch.isfinite(top) & (top > 0), top, 1.0)
-        scale, unlift = scale / top * LIFT, top / LIFT
+    target = target.long().contiguous()
 
-    def loss_of(a: Tensor, first: int) -> Tensor:
-        part = slice(first, first + len(a))
-        return loss_rows(a, bias, target[part], scale[part], loss, out=a if grads else None)
+    def rows(a: Tensor, part: slice, scale: Tensor, out: Tensor | None) -> Tensor:
+        return loss_rows(a, bias, target[part], scale, loss, out=out)
 
-    losses, found = chunk_linear_loss(x, weight, loss_of, need_dx=need[0], need_dw=need[1], need_db=need[2], plan=plan)
-    if unlift is not None:
-        for grad in (found.dx, found.dw, found.db):
-            if grad is not None:
-                scale_in_place(grad, unlift)
-    return losses, found
-
-
-def check_targets(target: Tensor, V: int, ignore_index: int) -> None:
-    """As torch: an IndexError on the CPU, an assertion of the device on CUDA."""
-    legal = ((target >= 0) & (target < V)) | (target == ignore_index)
-    if target.device.type == "cpu":
-        if not legal.all():
-            raise IndexError(f"Target {int(target[~legal][0])} is out of bounds.")
-    else:
-        torch._assert_async(legal.all())
-
-
-def row_factors(target: Tensor, row_weight: Tensor | None, ignore_index: int, reduction: str, like: Tensor) -> Tensor:
-    """The factor of each row's loss in the loss [N]."""
-    one = like.new_ones((), dtype=wide_dtype(like.dtype))
-    if reduction == "mean":
-        one = one / (target != ignore_index).sum()
-    return one.expand(target.shape) if row_weight is None else row_weight.to(one.dtype) * one
-
-
-def reduced(losses: Tensor, target: Tensor, row_weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
-    if row_weight is not None:
-        losses = losses * row_weight
-    if reduction == "none":
-        return losses
-    # no target that counts: 0 / 0, as torch has it
-    return losses.sum() / (target != ignore_index).sum() if reduction == "mean" else losses.sum()
-
-
-def filled(found: Gradients, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An operator returns tensors only: where a gradient is not wanted, an empty one stands in its place."""
-    dx, dw, db = (x.new_empty(0) if grad is None else grad for grad in (found.dx, found.dw, found.db))
-    return dx, dw, db
-
-
-def filled_fake(x: Tensor, weight: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
-    held = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return (
-        x.new_empty(x.shape if need[0] else 0, dtype=held if need[0] else x.dtype),
-        x.new_empty(weight.shape if need[1] else 0, dtype=held if need[1] else x.dtype),
-        x.new_empty(weight.shape[0] if need[2] else 0, dtype=wide_dtype(x.dtype) if need[2] else x.dtype),
-    )
+    return lifted_linear_loss(x, weight, factor, rows, need, lift=LIFT, plan=plan)
 
 
 @operator("linear_cross_entropy")
@@ -128,12 +81,13 @@ def forward_chunks(
     row_weight: Tensor | None,
     loss: RowLoss,
     reduction: str,
-    need: tuple[bool, bool, bool],
+    need: Need,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = row_factors(target, row_weight, loss.ignore_index, reduction, x)
-    losses, found = _rows(x, weight, bias, target, scale, loss, need, plan)
-    return reduced(losses, target, row_weight, loss.ignore_index, reduction), *filled(found, x)
+    keep = target != loss.ignore_index
+    factor = row_factors(target.shape, keep, row_weight, reduction, x)
+    losses, found = _rows(x, weight, bias, target, factor, loss, need, plan)
+    return reduced(losses, keep, row_weight, reduction), *filled(found, x)
 
 
 @register_fake(linear_cross_entropy_forward)
@@ -200,46 +154,17 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, target, row_weight, *ctx.loss, ctx.reduction = inputs[:11]
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.need = inputs[11:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*((x, weight, bias, target, row_weight) if ctx.reduction == "none" else output[1:]))
+    *ctx.loss, reduction = inputs[5:11]
+    keep_for_backward(ctx, inputs[:5], output, reduction, inputs[11:])
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *of_gradients: Tensor | None) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():  # a graph of the backward would hold gradients that came from no graph
-        raise RuntimeError("linear_cross_entropy cannot be differentiated twice: create_graph is not supported")
-    nothing = (None,) * 11
-    if dloss is None:
-        return None, None, None, *nothing
-    wanted = ctx.needs_input_grad[:3]
-    if any(wish and not had for wish, had in zip(wanted, ctx.need, strict=True)):
-        raise RuntimeError("linear_cross_entropy was told in the forward that this gradient is not needed")
-    if ctx.reduction == "none":
-        x, weight, bias, target, row_weight = ctx.saved_tensors
+    def again(operands: tuple[Any, ...], wanted: Need) -> tuple[Tensor, ...]:
+        *given, row_weight = operands
         factor = dloss if row_weight is None else dloss * row_weight
-        found = linear_cross_entropy_backward(x, weight, bias, target, factor, *ctx.loss, *wanted)
-    else:
-        saved = zip(ctx.saved_tensors, wanted, strict=True)
-        found = tuple(multiplied(grad, dloss) if wish else grad for grad, wish in saved)
-    grads = (g.to(d) if wish else None for g, d, wish in zip(found, ctx.dtypes, wanted, strict=True))
-    return *grads, *nothing
+        return linear_cross_entropy_backward(*given, factor, *ctx.loss, *wanted)
 
-
-def multiplied(saved: Tensor, factor: Tensor) -> Tensor:
-    """A saved gradient times a number; in its own memory where nobody will ask for it again."""
-    if type(saved) is not Tensor or keeps_graph():
-        return saved * factor
-    saved = saved.detach()
-    scale_in_place(saved, factor)
-    return saved
-
-
-def keeps_graph() -> bool:
-    """Whether the running backward was asked to keep its graph for another one."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    return *layer_gradients(ctx, dloss, "linear_cross_entropy", again), *(None,) * 11
 
 
 register_autograd(linear_cross_entropy_forward, _backward, setup_context=_setup_context)

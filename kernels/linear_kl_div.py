@@ -18,21 +18,16 @@ from torch import Tensor
 from fla_compile.kernels.cross_entropy_rows import wide_dtype
 from fla_compile.kernels.kl_div_rows import DIVERGENCES, runs_triton
 from fla_compile.kernels.linear_kl_div_ops import linear_kl_div_forward
-from fla_compile.kernels.operators import DEVICES
+from fla_compile.kernels.loss_ops import REDUCTIONS as PLAIN_REDUCTIONS
+from fla_compile.kernels.loss_ops import check_rows, refusal
 
 __all__ = ["kernel_name", "linear_kl_div", "naive_linear_kl_div", "supports"]
 
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = (*PLAIN_REDUCTIONS, "batchmean")
 
 
 def supports(device: str, dtype: torch.dtype, teacher: torch.dtype) -> str | None:
-    if device not in DEVICES:
-        return f"linear_kl_div runs on {' and '.join(DEVICES)}, not on {device}"
-    for found in (dtype, teacher):
-        if found not in DTYPES:
-            return f"linear_kl_div takes {', '.join(str(d)[6:] for d in DTYPES)}, not {str(found)[6:]}"
-    return None
+    return refusal("linear_kl_div", device, dtype, teacher)
 
 
 def kernel_name(device: str, dtype: torch.dtype, teacher: torch.dtype) -> str:
@@ -119,7 +114,7 @@ def linear_kl_div(
     """
     theirs = temperature if teacher_temperature is None else teacher_temperature
     _check_layers(x, weight, bias, teacher_x, teacher_weight, teacher_bias)
-    _check_rows(x, target, row_weight)
+    check_rows("x", x, target, row_weight)
     _check_options(temperature, theirs, divergence, beta, reduction)
     graded = torch.is_grad_enabled()
     need = [graded and operand is not None and operand.requires_grad for operand in (x, weight, bias)]
@@ -164,18 +159,6 @@ def _check_layers(
                 raise ValueError(f"{name} requires a gradient, and the teacher takes none: detach it")
     if teacher_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"teacher_weight must have the {weight.shape[0]} classes of weight, got {len(teacher_weight)}")
-
-
-def _check_rows(x: Tensor, target: Tensor | None, row_weight: Tensor | None) -> None:
-    for name, operand in (("target", target), ("row_weight", row_weight)):
-        if operand is not None and operand.shape != x.shape[:-1]:
-            raise ValueError(f"{name} must be {list(x.shape[:-1])} as x is {list(x.shape)}, got {list(operand.shape)}")
-        if operand is not None and operand.device != x.device:
-            raise ValueError(f"{name} is on {operand.device}, x is on {x.device}")
-    if target is not None and (target.dtype.is_floating_point or target.dtype == torch.bool):
-        raise ValueError(f"target must hold integers, got {target.dtype}")
-    if row_weight is not None and row_weight.requires_grad:
-        raise ValueError("row_weight must not require a gradient")
 
 
 def _check_options(temperature: float, theirs: float, divergence: str, beta: float, reduction: str) -> None:

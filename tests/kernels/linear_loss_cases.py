@@ -93,30 +93,44 @@ def results(fn: Callable, case: Case, given: Operands, dtype: torch.dtype) -> di
     return dict(zip(NAMES, (loss.detach(), *grads), strict=False))
 
 
-def check_one_number(case: Case, given: Operands, got: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """A sum of rows is held to what their errors in eager can add up to: eager's own sum may be right by chance."""
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got.isfinite()
-    rows = replace(case, options=case.options | {"reduction": "none"})
-    alone = replace(given, dloss=torch.ones_like(given.target, dtype=torch.float64))
-    each, exact = (results(naive_linear_cross_entropy, rows, alone, d)["loss"].double() for d in (dtype, torch.float64))
-    allowed = FACTOR["forward"] * (each - exact).norm() + FLOOR[got.dtype] * exact.norm()
-    over = 1.0
-    if case.options.get("reduction", "mean") == "mean":
-        over = (given.target != case.options.get("ignore_index", -100)).sum()
-    assert (got.double() - truth).abs() <= case.N**0.5 * allowed / over, f"{case}: {got} for {truth}"
-
-
 def check_results(case: Case, given: Operands, got: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Every result is there and within budget of the definition in float64."""
-    truth = results(naive_linear_cross_entropy, case, given, torch.float64)
-    eager = results(naive_linear_cross_entropy, case, given, dtype)
+    rows = replace(case, options=case.options | {"reduction": "none"})
+    alone = replace(given, dloss=torch.ones_like(given.target, dtype=torch.float64))
+    counts = given.target != case.options.get("ignore_index", -100)
+    check_losses(
+        str(case), got, dtype,
+        defined=lambda dtype: results(naive_linear_cross_entropy, case, given, dtype),
+        each=lambda dtype: results(naive_linear_cross_entropy, rows, alone, dtype)["loss"].double(),
+        over=counts.sum() if case.options.get("reduction", "mean") == "mean" else 1.0,
+    )  # fmt: skip
+
+
+def check_losses(
+    case: str,
+    got: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    defined: Callable[[torch.dtype], dict[str, Tensor]],
+    each: Callable[[torch.dtype], Tensor],
+    over: Any,
+) -> None:
+    """`got` against what is `defined` in a type; `each` gives the rows' losses, whose sum `over` something is the loss.
+
+    A sum of rows is held to what their errors in eager can add up to: eager's own sum may be right by chance.
+    """
+    truth, eager = defined(torch.float64), defined(dtype)
     assert set(got) == set(truth)
     for name, y in got.items():
-        kind = "forward" if name == "loss" else "backward"
         if dtype == torch.float64:  # eager is the truth itself
             assert y.dtype == dtype and (y - truth[name]).norm() <= 1e-12 * truth[name].norm(), f"{case} {name}"
             continue
-        if name == "loss" and y.ndim == 0:
-            check_one_number(case, given, y, truth[name], dtype)
+        if name != "loss" or y.ndim:
+            kind = "forward" if name == "loss" else "backward"
+            check_budget(f"{case} {name}", y, truth[name], eager[name].to(y.dtype), kind)
             continue
-        check_budget(f"{case} {name}", y, truth[name], eager[name].to(y.dtype), kind)
+        assert y.dtype == torch.float32 and y.isfinite()
+        rows, exact = each(dtype), each(torch.float64)
+        allowed = FACTOR["forward"] * (rows - exact).norm() + FLOOR[y.dtype] * exact.norm()
+        allowed = exact.numel() ** 0.5 * allowed / over
+        assert (y.double() - truth[name]).abs() <= allowed, f"{case}: {y} for {truth[name]}"
