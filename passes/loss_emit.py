@@ -1,9 +1,9 @@
 """Write a recognised loss as the kernel's operator and what goes around it, into a graph of any sizes."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -11,9 +11,11 @@ from torch import fx
 from fla_compile.kernels.linear_cross_entropy_ops import linear_cross_entropy_forward  # noqa: F401
 from fla_compile.passes.appending import Appending
 from fla_compile.passes.loss_decide import Loss
-from fla_compile.passes.loss_values import Axis, Dims, Label, flat, is_one, resolved
+from fla_compile.passes.loss_values import Axis, Dims, Label, Root, flat, is_one, resolved
 from fla_compile.passes.records import Refused
 from fla_compile.passes.spellings import tensor_of
+
+E = TypeVar("E", bound="Emitter")
 
 
 @dataclass
@@ -150,3 +152,41 @@ def narrowed(loss: Loss) -> torch.dtype | None:
     """The type in which the layer runs where it is not that of its operands."""
     have, run = tensor_of(loss.value.root.x).dtype, tensor_of(loss.value.root.node).dtype
     return None if have == run else run
+
+
+def wanted_of(node: fx.Node, root: Root) -> tuple[bool, ...]:
+    """Which of a layer's x, weight and bias get gradients of the loss `node`."""
+    operands = root.x, root.weight, root.bias
+    return tuple(tensor_of(node).requires_grad and x is not None and tensor_of(x).requires_grad for x in operands)
+
+
+def put(
+    graph: fx.Graph,
+    node: fx.Node,
+    emitter: Callable[..., E],
+    write: Callable[[E], fx.Node],
+    own: Container[fx.Node],
+) -> tuple[int, int]:
+    """Put what `write` writes in the place of the loss `node`; those of `own` that nothing wants any more are removed.
+
+    Returns how many nodes went and came.
+    """
+    before, fake = len(graph.nodes), tensor_of(node)
+    with graph.inserting_before(node):
+        writer = emitter(graph, {n: n for n in graph.nodes}, lambda label: label.size, faked=True)
+        try:
+            result = write(writer)
+        except Exception as error:  # a mistake of ours must not cost the user the program
+            for new in reversed(writer.added):
+                graph.erase_node(new)
+            if isinstance(error, Refused):
+                raise
+            raise Refused("validation_failed", f"cannot be written: {type(error).__name__}: {error}") from error
+    for new in writer.added:
+        new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
+    node.replace_all_uses_with(result)
+    result.meta["example_value"] = fake
+    for old in reversed(list(graph.nodes)):
+        if old in own and not old.users:  # what writes over another layer's output has no users either, and stays
+            graph.erase_node(old)
+    return before + len(writer.added) - len(graph.nodes), len(writer.added)

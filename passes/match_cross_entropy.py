@@ -27,6 +27,7 @@ from fla_compile.passes.logits_emit import OverLogits
 from fla_compile.passes.loss_check import check, needed
 from fla_compile.passes.loss_decide import CLASSES as FEWEST
 from fla_compile.passes.loss_decide import Loss, decode, linear
+from fla_compile.passes.loss_emit import put
 from fla_compile.passes.loss_reader import read
 from fla_compile.passes.loss_values import Form, Label, Losses, Root, Value, is_one, settled
 from fla_compile.passes.loss_views import VIEWS
@@ -37,7 +38,7 @@ from fla_compile.passes.match_linear_cross_entropy import (
     comes_from,
     frontier_of,
     place,
-    put,
+    read_from,
 )
 from fla_compile.passes.records import Refused, Rewrite
 from fla_compile.passes.spellings import call_of, tensor_of
@@ -198,7 +199,11 @@ def rewrite(
         began = time.perf_counter()
         check(losses, node, loss, emitter)
         found.validation_seconds += time.perf_counter() - began
-    nodes = put(gm, losses, node, loss, emitter=emitter)
+
+    def write(writer: OverLogits) -> fx.Node:
+        return writer.loss(loss, (), tensor_of(node).dtype, None)
+
+    nodes = put(gm.graph, node, emitter, write, read_from(losses, root))
     return Rewrite(PATTERN, PATTERN, EQUATION, name, place(node), *nodes)
 
 

@@ -14,17 +14,15 @@ A layer whose logits end in no loss is left without a word.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from fla_compile.kernels.linear_cross_entropy import kernel_name, supports
 from fla_compile.passes.loss_check import check, needed
 from fla_compile.passes.loss_decide import Loss, decode, roots_of
-from fla_compile.passes.loss_emit import Emitter, narrowed
+from fla_compile.passes.loss_emit import Emitter, narrowed, put, wanted_of
 from fla_compile.passes.loss_reader import read
 from fla_compile.passes.loss_values import MAX, Losses, Target
 from fla_compile.passes.memory import memory, written, written_between
@@ -186,45 +184,19 @@ def _one_hot_is_old(losses: Losses, loss: Loss) -> bool:
 def splice(gm: fx.GraphModule, losses: Losses, node: fx.Node, loss: Loss) -> Rewrite:
     """Put the kernel in the place of `node`; what nothing wants any more is removed."""
     root, fake = loss.value.root, tensor_of(node)
-    operands = root.x, root.weight, root.bias
-    needs = tuple(fake.requires_grad and x is not None and tensor_of(x).requires_grad for x in operands)
     kernel = kernel_name(fake.device.type, tensor_of(root.node).dtype)
-    nodes = put(gm, losses, node, loss, needs, narrowed(loss))
+
+    def write(emitter: Emitter) -> fx.Node:
+        return emitter.loss(loss, wanted_of(node, root), fake.dtype, narrowed(loss))
+
+    nodes = put(gm.graph, node, Emitter, write, read_from(losses, root.node))
     return Rewrite(PATTERN, PATTERN, EQUATION, kernel, place(node), *nodes)
 
 
-def put(
-    gm: fx.GraphModule,
-    losses: Losses,
-    node: fx.Node,
-    loss: Loss,
-    needs: tuple[bool, ...] = (),
-    narrow: torch.dtype | None = None,
-    emitter: Callable[..., Emitter] = Emitter,
-) -> tuple[int, int]:
-    """Write `loss` in the place of `node`; returns how many nodes went and came."""
-    graph, root = gm.graph, loss.value.root
-    before, fake = len(graph.nodes), tensor_of(node)
-    everything = {n: n for n in graph.nodes}
-    with graph.inserting_before(node):
-        writer = emitter(graph, everything, lambda label: label.size, faked=True)
-        try:
-            result = writer.loss(loss, needs, fake.dtype, narrow)
-        except Exception as error:  # a mistake of ours must not cost the user the program
-            for new in reversed(writer.added):
-                graph.erase_node(new)
-            detail = f"cannot be written: {type(error).__name__}: {error}"
-            raise Refused("validation_failed", detail, place(node)) from error
-    for new in writer.added:
-        new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
-    node.replace_all_uses_with(result)
-    result.meta["example_value"] = fake
-    own = {n for n, value in losses.values.items() if value.root.node is root.node}
-    own |= {n for n in losses.pairs if n.all_input_nodes[0] in own}
-    for old in reversed(list(graph.nodes)):
-        if old in own and not old.users:  # what writes over another layer's output has no users either, and stays
-            graph.erase_node(old)
-    return before + len(writer.added) - len(graph.nodes), len(writer.added)
+def read_from(losses: Losses, logits: fx.Node) -> set[fx.Node]:
+    """The nodes that are these logits, or made of them."""
+    own = {n for n, value in losses.values.items() if value.root.node is logits}
+    return own | {n for n in losses.pairs if n.all_input_nodes[0] in own}
 
 
 def match_linear_cross_entropy(gm: fx.GraphModule, *, validated: bool = True) -> Found:

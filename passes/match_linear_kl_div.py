@@ -24,6 +24,7 @@ from fla_compile.passes.kl_decide import Divided, compares, decode, sides_of
 from fla_compile.passes.kl_emit import PairEmitter
 from fla_compile.passes.kl_rules import PAIR_RULES
 from fla_compile.passes.kl_values import Pairs, Side, pairs_of
+from fla_compile.passes.loss_emit import put, wanted_of
 from fla_compile.passes.loss_reader import read
 from fla_compile.passes.loss_values import MAX, Value
 from fla_compile.passes.match_linear_cross_entropy import ADVICE, REFUSED, Found, place
@@ -125,31 +126,14 @@ def check_operands(losses: Pairs, node: fx.Node, loss: Divided) -> None:
 
 def splice(gm: fx.GraphModule, losses: Pairs, node: fx.Node, loss: Divided) -> Rewrite:
     """Put the kernel in the place of `node`; what nothing wants any more is removed."""
-    graph, root = gm.graph, loss.student.root
-    before, fake, inside = len(graph.nodes), tensor_of(node), between(losses, node, (loss.student, loss.teacher))
-    needs = tuple(
-        fake.requires_grad and x is not None and tensor_of(x).requires_grad for x in (root.x, root.weight, root.bias)
-    )
-    with graph.inserting_before(node):
-        emitter = PairEmitter(graph, {n: n for n in graph.nodes}, lambda label: label.size, faked=True)
-        try:
-            result = emitter.divergence(loss, needs, fake.dtype)
-        except Exception as error:  # a mistake of ours must not cost the user the program
-            for new in reversed(emitter.added):
-                graph.erase_node(new)
-            if isinstance(error, Refused):
-                raise
-            raise Refused("validation_failed", f"cannot be written: {type(error).__name__}: {error}") from error
-    for new in emitter.added:
-        new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
-    node.replace_all_uses_with(result)
-    result.meta["example_value"] = fake
-    for old in reversed(inside):
-        if not old.users:
-            graph.erase_node(old)
-    gone = before + len(emitter.added) - len(graph.nodes)
-    kernel = kernel_name(fake.device.type, *(tensor_of(s.root.node).dtype for s in (loss.student, loss.teacher)))
-    return Rewrite(PATTERN, PATTERN, EQUATIONS[loss.kind], kernel, place(node), gone, len(emitter.added))
+    fake, sides = tensor_of(node), (loss.student, loss.teacher)
+    kernel = kernel_name(fake.device.type, *(tensor_of(side.root.node).dtype for side in sides))
+
+    def write(emitter: PairEmitter) -> fx.Node:
+        return emitter.divergence(loss, wanted_of(node, loss.student.root), fake.dtype)
+
+    nodes = put(gm.graph, node, PairEmitter, write, set(between(losses, node, sides)))
+    return Rewrite(PATTERN, PATTERN, EQUATIONS[loss.kind], kernel, place(node), *nodes)
 
 
 @dataclass
