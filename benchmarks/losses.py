@@ -115,14 +115,16 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def measure(
-    run: Callable[..., tuple[Tensor, ...]], given: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+    run: Callable[..., tuple[Tensor, ...]],
+    given: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    names: tuple[str, ...] = ("loss error", "dx error", "dW error"),
 ) -> dict[str, Any]:
     from triton.testing import do_bench
 
     results: dict[str, Any] = {}
     try:
         found = run(*given)  # compiles
-        names = ("loss error", "dx error", "dW error")
         errors = {n: relative(a, b) for n, a, b in zip(names, found, exact, strict=True)}
         del found
         torch.cuda.synchronize()

@@ -119,6 +119,7 @@ def recognise(gm: fx.GraphModule, region: Region, found: Found) -> Match | None:
         contractions = {a for a in value.atoms if known.forms.summed(a)} - closed
         if not contractions or not tensor_of(node).dtype.is_floating_point:
             continue
+        read = None
         try:
             read = read_out(known.forms, value, closed)
             if read is None:
@@ -130,7 +131,8 @@ def recognise(gm: fx.GraphModule, region: Region, found: Found) -> Match | None:
             match.reads[node] = read
         except Refused as refused:
             closed |= contractions
-            found.refusals.append(refused.record("parallel_attention", short_source(source_of(node))))
+            if read is None or read.complete:  # a sum by a mask alone, as of layers or tokens, wants no kernel
+                found.refusals.append(refused.record("parallel_attention", short_source(source_of(node))))
     return match if any(read.complete for read in match.reads.values()) else None
 
 

@@ -41,7 +41,8 @@ def check_rows(dtype, theirs, V, loss, biased, in_place, spread=3.0, block=None,
     want = torch.full((n, V), torch.nan, dtype=torch.float64, device=device)
     exact = [Side(side.a.double(), side.bias, side.scale) for side in sides]
     truth = kl_div_rows.torch_rows(*exact, keep, factor.double(), loss, out=want)
-    out = a.clone() if in_place else torch.full_like(a, torch.nan)
+    # The results lie as the products do: with another alignment the threads share a row, and its sums, otherwise.
+    out = a.clone() if in_place else torch.full((n, V + 5), torch.nan, dtype=dtype, device=device)[:, :V]
     own = Side(out if in_place else a, sides[0].bias, sides[0].scale)
     before = kl_div_triton.block_of
     kl_div_triton.block_of = before if block is None else lambda V: (block, 4)
@@ -53,7 +54,11 @@ def check_rows(dtype, theirs, V, loss, biased, in_place, spread=3.0, block=None,
     assert torch.equal(alone, got)
     tolerance = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     assert (got.double() - truth).abs().max() <= 3e-6 * (1.0 + truth.abs().max())
-    assert (out.double() - want).abs().max() <= tolerance * want.abs().max()
+    # A confident row's gradient is the difference of two numbers near one: torch's rows round it as much.
+    plain = torch.empty_like(a)
+    kl_div_rows.torch_rows(*sides, keep, factor, loss, out=plain)
+    rounding = (plain.double() - want).abs().max()
+    assert (out.double() - want).abs().max() <= max(tolerance * want.abs().max(), 4.0 * rounding)
     assert keep is None or out[::3].eq(0).all()
 
 
