@@ -4,14 +4,14 @@
     python benchmarks/distillation.py --cpu     # time and peak memory with logits and without
 
 On the GPU operands are bfloat16, the teacher is as wide as the student (fla asks for it), and times, memory and errors
-are as in `losses.py`; "Triton rows" and "torch rows" are ours with either kind of row kernel. The floor is four
-matrix products of 2 N D V operations at 778 TFLOP/s. On the CPU operands are float32, the teacher is twice as wide, and
-each measurement has a process of its own.
+are as in `losses.py`. The floor is four matrix products of 2 N D V operations at 778 TFLOP/s. On the CPU operands are
+float32, the teacher is twice as wide, and each measurement has a process of its own.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from common import fresh_process, median_seconds, save, table
 from losses import OPS_PER_MS, SLICE, measure
 from torch import Tensor
 
-from fla_compile.kernels import kl_div_rows
 from fla_compile.ops import linear_kl_div, naive_linear_kl_div
 
 SHAPES = [(16384, 2048, 32000), (8192, 4096, 128256)]  # N, D, V
@@ -66,29 +65,17 @@ def jensen_shannon(x: Tensor, weight: Tensor, theirs: Tensor, matrix: Tensor) ->
 EAGER: dict[str, LossOf] = {"forward_kl": forward_kl, "jensen_shannon": jensen_shannon}
 
 
-def ours(kind: str, checked: bool) -> LossOf:
-    """With the Triton rows, or with torch's, whatever CUDA is dispatched to."""
-
-    def run(x: Tensor, weight: Tensor, theirs: Tensor, matrix: Tensor) -> Tensor:
-        before, kl_div_rows.CHECKED_ON_GPU = kl_div_rows.CHECKED_ON_GPU, checked
-        try:
-            return linear_kl_div(x, weight, theirs, matrix, divergence=kind)
-        finally:
-            kl_div_rows.CHECKED_ON_GPU = before
-
-    return run
-
-
 def contestants(kind: str) -> dict[str, LossOf]:
     """Ours and whoever is installed, by name; peers are optional and imported here alone."""
-    found: dict[str, LossOf] = {"ours, Triton rows": ours(kind, True), "ours, torch rows": ours(kind, False)}
+    found: dict[str, LossOf] = {"ours": partial(linear_kl_div, divergence=kind)}
     found["torch.compile, backend fla"] = torch.compile(EAGER[kind], backend="fla")
     found["torch eager"] = EAGER[kind]
     found["torch.compile"] = torch.compile(EAGER[kind])
     try:
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-        found["Liger"] = LigerFusedLinearJSD(jsd_beta={"forward_kl": 0.0, "jensen_shannon": 0.5}[kind])
+        jsd = LigerFusedLinearJSD(jsd_beta={"forward_kl": 0.0, "jensen_shannon": 0.5}[kind])
+        found["Liger"] = lambda x, weight, theirs, matrix: jsd(x, weight, theirs, matrix, None)
     except ImportError as error:
         print(f"no Liger: {error}")
     if kind == "forward_kl":

@@ -15,9 +15,11 @@ __all__ = [
     "ARCHS",
     "CLASSES",
     "KINDS",
+    "MANY_STATES",
     "STEPS",
     "STEPS_CHECKED",
     "TABLE",
+    "WIDE_STEPS",
     "Config",
     "StepConfig",
     "all_configs",
@@ -113,6 +115,10 @@ STEPS: dict[tuple[int, int], StepConfig] = {
     (100, 256): StepConfig(16, 8),
 }
 
+# As many states fill the device without small blocks, and wider ones move more at a time (`NOTES.md`).
+MANY_STATES = 256
+WIDE_STEPS: dict[tuple[int, int], StepConfig] = {(90, 128): StepConfig(32, 4), (90, 256): StepConfig(32, 8)}
+
 # The architectures whose rows of STEPS passed `pytest -m gpu tests/kernels/test_decay_step_triton.py`. On these, and
 # on no other, the operators run the step kernel.
 STEPS_CHECKED: tuple[int, ...] = (90,)
@@ -123,9 +129,10 @@ def _row_arch(arch: int) -> int:
     return max((a for a in ARCHS if a <= arch), default=ARCHS[0])
 
 
-def step_config(arch: int, keys: int) -> StepConfig:
-    """The step kernel's tile for up to 256 keys."""
-    return STEPS[_row_arch(arch), next(c for c in CLASSES if keys <= c)]
+def step_config(arch: int, keys: int, states: int = 1) -> StepConfig:
+    """The step kernel's tile for up to 256 keys; `states` counts those written in place for one query each."""
+    row = _row_arch(arch), next(c for c in CLASSES if keys <= c)
+    return WIDE_STEPS.get(row, STEPS[row]) if states >= MANY_STATES else STEPS[row]
 
 
 def step_checked(arch: int) -> bool:

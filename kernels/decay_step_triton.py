@@ -197,7 +197,8 @@ def _plan(
     assert kept is not None
     B, H, K, V = kept.shape
     heads = max(H, q.shape[2])
-    config = config or step_config(device_arch(q.device), K)
+    states = B * H if final is None and heads == H else 1  # several queries of a state would spill in wide tiles
+    config = config or step_config(device_arch(q.device), K, states)
     block_v = min(config.block_v, triton.next_power_of_2(V))
     g_strides: tuple[int, ...] = (0, 0, 0, 0)
     if g is not None:

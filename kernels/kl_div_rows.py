@@ -27,8 +27,6 @@ from fla_compile.kernels.cross_entropy_rows import wide_dtype
 __all__ = ["DIVERGENCES", "Divergence", "Side", "divergence_rows", "runs_triton", "torch_rows"]
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")
-# The Triton rows are right in the interpreter and compile; CUDA takes them once a GPU has run their tests (mark `gpu`).
-CHECKED_ON_GPU = False
 AT_A_TIME = {"cpu": 1 << 17, "cuda": 1 << 24}  # logits whose float32 copies exist together
 
 
@@ -67,7 +65,7 @@ def divergence_rows(
 
 
 def runs_triton(device: str, *dtypes: torch.dtype) -> bool:
-    return CHECKED_ON_GPU and device == "cuda" and torch.float64 not in dtypes
+    return device == "cuda" and torch.float64 not in dtypes
 
 
 def torch_rows(

@@ -29,7 +29,7 @@ from fla_compile.kernels import (  # noqa: E402
     decay_values,
     rwkv6_ops,
 )
-from fla_compile.kernels.decay_configs import ARCHS, CLASSES, STEPS, StepConfig  # noqa: E402
+from fla_compile.kernels.decay_configs import ARCHS, CLASSES, MANY_STATES, WIDE_STEPS, StepConfig, step_config  # noqa: E402
 
 SHARING = ("retention", "simple_gla", "gla_both", "rwkv6")  # every axis of gates, and the bonus
 NARROW = StepConfig(block_v=8, num_warps=1)  # several blocks of values in small states
@@ -187,13 +187,13 @@ ALL_FLAGS = ("PER_KEY", "LOG", "BEFORE", "IN_PLACE", "HAS_G", "HAS_W", "HAS_U", 
 OPTIONAL = {"p_g": "HAS_G", "p_w": "HAS_W", "p_u": "HAS_U"}
 
 
-def compile_kernel(family, dtype, arch, size, *, steps, dense=True, queries=1, in_place=True):
+def compile_kernel(family, dtype, arch, size, *, states=1, steps, dense=True, queries=1, in_place=True):
     """Dense operands have rows that begin at multiples of 16 numbers; others any stride at all, of 64 bits."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     flags = {*FLAGS[family], "HAS_S", *(("IN_PLACE",) if in_place else ())}
-    config, V = STEPS[arch, size], 512 if size == CLASSES[-1] else size
+    config, V = step_config(arch, size, states), 512 if size == CLASSES[-1] else size
     constants = dict(K=size, V=V, BK=size, BV=config.block_v, RK=1, RV=1, RG=1, RW=1, RQ=1, RU=1, QUERIES=queries)
     constants |= {flag: flag in flags for flag in ALL_FLAGS}
     constants |= {name: None for name, flag in OPTIONAL.items() if flag not in flags}
@@ -222,16 +222,18 @@ def compile_kernel(family, dtype, arch, size, *, steps, dense=True, queries=1, i
 def ahead_of_time():
     for family, dtype, arch, size in product(FAMILIES, POINTERS, ARCHS, CLASSES):
         quick = family in ("gla_both", "rwkv6") and dtype == "bf16" and arch == 90 and size == 256
-        name = f"sm{arch}-{family}-{dtype}-{size}"
-        yield pytest.param(family, dtype, arch, size, id=name, marks=[] if quick else pytest.mark.slow)
+        for states in (1, MANY_STATES) if (arch, size) in WIDE_STEPS else (1,):
+            name = f"sm{arch}-{family}-{dtype}-{size}{'-wide' * (states > 1)}"
+            yield pytest.param(family, dtype, arch, size, states, id=name, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("family", "dtype", "arch", "size"), list(ahead_of_time()))
-def test_compiles(family, dtype, arch, size):
+@pytest.mark.parametrize(("family", "dtype", "arch", "size", "states"), list(ahead_of_time()))
+def test_compiles(family, dtype, arch, size, states):
     """Nothing spills, and the state moves 16 bytes a thread."""
-    forms = [dict(steps=1), dict(steps=16), dict(steps=16, queries=8, in_place=False), dict(steps=4, dense=False)]
+    forms = [dict(steps=1), dict(steps=16), dict(steps=4, dense=False)]
+    forms += [dict(steps=16, queries=8, in_place=False)] if states == 1 else []
     for form in forms:
-        compiled = compile_kernel(family, dtype, arch, size, **form)
+        compiled = compile_kernel(family, dtype, arch, size, states=states, **form)
         assert stack_bytes(compiled) == 0, form
         assert compiled.metadata.shared <= 16 * 1024, form
         if form.get("dense", True):
@@ -249,6 +251,7 @@ GPU_CASES = [
     Case("gla", T=3, K=1, V=1),
     Case("gla", T=3, state=torch.bfloat16),
     Case("rwkv6", B=64, H=32, K=64, V=64),
+    *(Case(family, T=T, B=16, H=16, K=K, V=V) for family in FAMILIES for T, K, V in ((1, 128, 40), (3, 200, 256))),
 ]
 
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parallel import assert_matched, operands
+from programs import Passes
+
+from fla_compile.passes import match_parallel
 
 BHTK = "bhtk bhtk bhtv"
 BTHK = "bthk bthk bthv"
@@ -97,3 +100,15 @@ def test_prefix_sums_with_decay():
 
     q, k, v, g = operands(BTHK + " bth")
     assert_matched(fn, [q, k, v, -g.abs() * 0.3], "simple_gla", pattern="recurrence")
+
+
+def test_a_running_sum_alone_wants_no_kernel(monkeypatch):
+    """Such as HGRN's lower bounds over layers: left as it is without a word, also where no kernel would take it."""
+    monkeypatch.setattr(match_parallel, "supports", lambda *args: "not on a Tuesday")
+    x = torch.randn(4, 512)
+    backend = Passes()
+    share = x.softmax(0)
+    got = torch.compile(lambda x: x.softmax(0).cumsum(0) - x.softmax(0)[0], backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(got, share.cumsum(0) - share[0])
+    (report,) = backend.reports
+    assert not report.rewrites and not report.refusals
