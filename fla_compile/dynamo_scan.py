@@ -1,8 +1,10 @@
-"""What Dynamo does at a scan, put right; the hooks are inert unless the backend of the current compilation is ours.
+"""What Dynamo does at a loop, put right; the hooks are inert unless the backend of the current compilation is ours.
 
 * What a scan returns is found by running its body on fake tensors. The scan operator would make the graph of its
   gradients for that, half of all capture time, which nobody reads: what replaces the scan brings its own.
 * An object made before a scan keeps the attributes that it is given after it, which Dynamo loses.
+* A loop that is left as it is keeps its last step where a graph breaks in a comprehension over a reversed range:
+  torch 2.13 goes on with a range that ends before 0.
 
 Where torch has moved what a hook hangs on, `install` says so once and Dynamo goes on as it is.
 """
@@ -22,7 +24,7 @@ _finding_fakes: ContextVar[bool] = ContextVar("_finding_fakes", default=False)
 
 def install(is_ours: IsOurs) -> None:
     """Hook into Dynamo; to be called once."""
-    for hook in (_hook_fakes, _hook_side_effects, _hook_logger):
+    for hook in (_hook_fakes, _hook_side_effects, _hook_ranges, _hook_logger):
         try:
             hook(is_ours)
         except (ImportError, AttributeError, KeyError) as error:
@@ -94,6 +96,21 @@ def _hook_side_effects(is_ours: IsOurs) -> None:
     proxy = getattr(dicts, "SideEffectsProxyDict", None)
     if proxy is not None:
         proxy.side_effects = property(current, lambda self, table: setattr(self, own, table))
+
+
+def _hook_ranges(is_ours: IsOurs) -> None:
+    """What is left of a range over which the code after a graph break goes on."""
+    from torch._dynamo.variables.lists import RangeIteratorVariable
+
+    reconstruct = RangeIteratorVariable.reconstruct
+
+    @functools.wraps(reconstruct)
+    def whole(self: Any, codegen: Any) -> None:
+        if is_ours(codegen.tx.output):
+            self.stop = self.start + self.step * self.len
+        reconstruct(self, codegen)
+
+    RangeIteratorVariable.reconstruct = whole  # type: ignore[method-assign]
 
 
 def _hook_logger(is_ours: IsOurs) -> None:

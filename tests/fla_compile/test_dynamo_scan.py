@@ -129,3 +129,21 @@ def test_without_a_hook_dynamo_goes_on_as_it_is(monkeypatch, caplog):
     assert len([r for r in caplog.records if "captured less well" in r.message]) == 1
     monkeypatch.undo()
     assert scan_op.py_kernels == kernels
+
+
+@pytest.mark.parametrize("steps", [range(5), range(4, -1, -1), range(1, 5, 2)], ids=str)
+def test_a_graph_break_over_a_reversed_range(steps):
+    """A branch on data is not lifted; torch 2.13 leaves its last step out."""
+
+    def step(cache, x):
+        s = cache["s"] * 0.5 + x
+        cache["s"] = s * 0.5 if s.sum() > 0 else s
+        return s
+
+    def fn(x):
+        cache = {"s": torch.zeros(4)}
+        o = [step(cache, x[:, t]) for t in reversed(steps)]
+        return torch.stack(o, 1), cache["s"]
+
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(torch.compile(fn, backend=Passes(), dynamic=False)(x), fn(x))
