@@ -26,9 +26,11 @@ def new_model(args: argparse.Namespace) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=dtype).to(args.device).eval()
     torch.manual_seed(args.seed)
     heads = {} if args.heads is None else {"num_heads": args.heads}
+    longest = args.new + (args.prompt if args.text is None else len(args.text.encode()))
     config = getattr(fla_compile.models, f"{args.model}Config")(
-        hidden_size=args.dim, num_hidden_layers=args.layers, vocab_size=256, eos_token_id=None, **heads
-    )
+        hidden_size=args.dim, num_hidden_layers=args.layers, vocab_size=256, max_position_embeddings=longest,
+        eos_token_id=None, **heads,
+    )  # fmt: skip
     model = getattr(fla_compile.models, f"{args.model}ForCausalLM")(config)
     return model.to(device=args.device, dtype=dtype).eval()
 

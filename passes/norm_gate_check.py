@@ -69,7 +69,7 @@ def behind(shape: list[int], rows: int) -> list[int]:
 def small(size: Any, sizes: dict[int, int]) -> int:
     if isinstance(size, int):
         return sizes.get(size, size)
-    expression, known = size.node.expr, size.node.shape_env.var_to_val
+    expression, known = size.node.expr, size.node.shape_env.backed_var_to_val
     return int(expression.subs({s: sizes.get(int(known[s]), known[s]) for s in expression.free_symbols}))
 
 

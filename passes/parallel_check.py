@@ -71,7 +71,7 @@ def _short(size: Any, time: Any, near: int) -> int:
         return STEPS + size - time if isinstance(time, int) and abs(size - time) <= near else size
     if isinstance(time, int):
         return concrete(size)
-    expression, known = size.node.expr, size.node.shape_env.var_to_val
+    expression, known = size.node.expr, size.node.shape_env.backed_var_to_val
     return int(expression.subs({s: STEPS if s == time.node.expr else known[s] for s in expression.free_symbols}))
 
 
