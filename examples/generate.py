@@ -56,7 +56,7 @@ def seconds(model: Any, ids: torch.Tensor, count: int, **how: Any) -> tuple[floa
 
 
 def measure(model: PreTrainedModel, ids: torch.Tensor, count: int, **how: Any) -> dict[str, Any]:
-    """Tokens per second of reading the prompts and of writing, all rows together: the best of 3 after one to compile."""
+    """Tokens per second of reading the prompts and of writing, all rows together, best of 3 after one that compiles."""
     first, _ = seconds(model, ids, 3, **how)
     prompt = min(seconds(model, ids, 1, **how)[0] for _ in range(3))
     whole, out = min((seconds(model, ids, count, **how) for _ in range(3)), key=lambda run: run[0])
