@@ -12,8 +12,7 @@ One program holds all keys and `block_v` values of a state and does all T steps 
 itself, so none is too strong. At one step the state is all the traffic: 8 * B * H * K * V bytes.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,11 +22,9 @@ from torch import Tensor
 from fla_compile.kernels.decay_configs import StepConfig, step_config
 from fla_compile.kernels.decay_step_checks import check_steps
 from fla_compile.kernels.decay_triton_common import device_arch
+from fla_compile.kernels.launch import Launch, keep, layout
 
 __all__ = ["step_forward", "step_in_place"]
-
-# Calls that are prepared for: a server has a few shapes a batch size.
-MOST_PLANS = 4096
 
 
 # T = 1 has no loop; other lengths share one compilation
@@ -127,15 +124,11 @@ def read_state(
         tl.store(p_o + i_q * V, (b_o * scale).to(p_o.dtype.element_ty), mask=m_v)
 
 
-@dataclass(slots=True)
-class _Plan:
-    """What a call of known layout needs: `kernel` is the compiled one once there is one."""
+class _Plan(NamedTuple):
+    """What a call of known layouts needs: the shape of its output, and the launch if that has elements."""
 
-    kernel: Any
-    grid: tuple[int, int, int]
     shape: tuple[int, int, int, int]
-    numbers: tuple[int | bool, ...]
-    options: dict[str, int]
+    launch: Launch | None
 
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
@@ -167,26 +160,16 @@ def _launch(
     final: Tensor | None, log: bool, before: bool, scale: float, config: StepConfig | None,
 ) -> Tensor:  # fmt: skip
     operands = q, k, v, g, gv, u, state
-    key = (final is None, log, before, config, *map(_layout, operands))
+    key = (final is None, log, before, config, *map(layout, operands))
     plan = _plans.get(key)
     if plan is None:
         if final is None and state is not None:
             check_steps(q, k, v, state, g, gv, u)
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _plan(q, k, v, g, gv, u, state, final, log, before, config)
+        plan = keep(_plans, key, _plan(q, k, v, g, gv, u, state, final, log, before, config))
     o = torch.empty(plan.shape, dtype=v.dtype, device=v.device)
-    if plan.grid[0]:
-        with torch.cuda.device_of(q):
-            ready = plan.kernel[plan.grid](*operands, o, final, scale, *plan.numbers, **plan.options)
-        if ready is not None:  # what Triton has compiled is launched without its looking at the arguments again
-            plan.kernel, plan.options = ready, {}
+    if plan.launch is not None:
+        plan.launch(*operands, o, final, scale)
     return o
-
-
-def _layout(x: Tensor | None) -> tuple[Any, ...] | None:
-    """All that a compiled kernel, its numbers and its grid depend on."""
-    return None if x is None else (x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
 
 
 def _plan(
@@ -218,6 +201,6 @@ def _plan(
     numbers = (
         q.shape[1], H, *strides, K, V, triton.next_power_of_2(K), block_v, *shares, heads // H, *flags,
     )  # fmt: skip
-    grid = (B * H * triton.cdiv(V, block_v), 1, 1)
-    shape = (B, q.shape[1], heads, V)
-    return _Plan(decay_step_kernel, grid, shape, numbers, {"num_warps": config.num_warps, "num_stages": 1})
+    programs = B * H * triton.cdiv(V, block_v)
+    launch = Launch(decay_step_kernel, (programs,), numbers, num_warps=config.num_warps, num_stages=1)
+    return _Plan((B, q.shape[1], heads, V), launch if programs else None)

@@ -10,12 +10,14 @@ r with r % G = h, which share the weight h. The formulas are in `norm_gate_plain
 """
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_compile.kernels.launch import Launch, keep, layout
 from fla_compile.kernels.norm_gate_configs import Config, config_for
 from fla_compile.kernels.norm_gate_forms import Form
 
@@ -153,6 +155,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class _Plan(NamedTuple):
+    """What a call of known layouts needs: which of x, gate and dy to copy, shapes to allocate, and the launch."""
+
+    copied: tuple[bool, ...]
+    rows: int
+    weight_parts: tuple[int, ...]
+    bias_parts: tuple[int, ...]
+    launch: Launch
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+
+
 def launch_forward(
     x: Tensor,
     gate: Tensor,
@@ -163,23 +178,34 @@ def launch_forward(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [..., P] in `dtype`, rstd [N] and mean [N] (None for rms) in float32; x, gate [..., P]."""
+    key = (form, config, layout(x), layout(gate), layout(weight), layout(bias), dtype)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = keep(_plans, key, _plan_forward(x, gate, weight, bias, form, config))
+    y = dense_like(x, dtype)
+    rstd = torch.empty((plan.rows,), dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd) if form.layer else None
+    if plan.rows:
+        copy_x, copy_gate = plan.copied
+        x, gate = x.contiguous() if copy_x else x, gate.contiguous() if copy_gate else gate
+        plan.launch(x, gate, weight, bias, y, rstd, mean)
+    return y, rstd, mean
+
+
+def _plan_forward(
+    x: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, form: Form, config: Config | None
+) -> _Plan:
     D, rows = form.width, x.numel() // form.width
     config = config or config_for(D, x.element_size())
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     groups = groups_of(weight, bias, D)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    mean = torch.empty_like(rstd) if form.layer else None
-    if not rows:
-        return y, rstd, mean
-    x, *x_rows = as_rows(x, D)
-    gate, *g_rows = as_rows(gate, D)
-    norm_gate_forward_kernel[(triton.cdiv(rows, config.rows),)](
-        x, gate, weight, bias, y, rstd, mean, rows, groups, form.eps, *x_rows, *g_rows,
-        D=D, BR=config.rows, BD=triton.next_power_of_2(D), LAYER=form.layer, SILU=form.silu,
-        GATE_FIRST=form.gate_first, HAS_W=weight is not None, HAS_B=bias is not None, GROUPED=groups > 1,
-        num_warps=config.num_warps,
+    (dense_x, *x_rows), (dense_gate, *gate_rows) = as_rows(x, D), as_rows(gate, D)
+    numbers = (
+        rows, groups, form.eps, *x_rows, *gate_rows, D, config.rows, triton.next_power_of_2(D), form.layer, form.silu,
+        form.gate_first, weight is not None, bias is not None, groups > 1,
     )  # fmt: skip
-    return y, rstd, mean
+    grid = (triton.cdiv(rows, config.rows),)
+    launch = Launch(norm_gate_forward_kernel, grid, numbers, num_warps=config.num_warps)
+    return _Plan((dense_x is not x, dense_gate is not gate), rows, (), (), launch)
 
 
 def launch_backward(
@@ -195,28 +221,44 @@ def launch_backward(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dgate, dweight, dbias as their operands; and y again if `y_dtype` is given."""
+    operands = x, gate, weight, bias, rstd, mean, dy
+    key = (form, config, *map(layout, operands), y_dtype)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = keep(_plans, key, _plan_backward(x, gate, weight, bias, dy, form, y_dtype, config))
+    dx, dg = dense_like(x, x.dtype), dense_like(x, gate.dtype)
+    y = None if y_dtype is None else dense_like(x, y_dtype)
+    dw = None if weight is None else torch.empty(plan.weight_parts, dtype=torch.float32, device=x.device)
+    db = None if bias is None else torch.empty(plan.bias_parts, dtype=torch.float32, device=x.device)
+    copy_x, copy_gate, copy_dy = plan.copied
+    x, gate = x.contiguous() if copy_x else x, gate.contiguous() if copy_gate else gate
+    dy = dy.contiguous() if copy_dy else dy
+    plan.launch(x, gate, weight, bias, rstd, mean, dy, dx, dg, dw, db, y)
+    return dx, dg, summed(dw, weight), summed(db, bias), y
+
+
+def _plan_backward(
+    x: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor, form: Form,
+    y_dtype: torch.dtype | None, config: Config | None,
+) -> _Plan:  # fmt: skip
     D, rows = form.width, x.numel() // form.width
     config = config or config_for(D, x.element_size())
     groups = groups_of(weight, bias, D)
     tiles = triton.cdiv(rows // groups, config.backward_rows)
     programs = max(1, min(tiles, multiprocessors(x.device) * config.programs // groups))
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dg = torch.empty(x.shape, dtype=gate.dtype, device=x.device)
-    y = None if y_dtype is None else torch.empty(x.shape, dtype=y_dtype, device=x.device)
-    dw, db = (
-        None if p is None else torch.empty((programs, groups, D), dtype=torch.float32, device=x.device)
-        for p in (weight, bias)
-    )
-    x, *x_rows = as_rows(x, D)
-    gate, *g_rows = as_rows(gate, D)
-    dy, *dy_rows = as_rows(dy, D)
-    norm_gate_backward_kernel[(programs, groups)](
-        x, gate, weight, bias, rstd, mean, dy, dx, dg, dw, db, y, rows, groups, *x_rows, *g_rows, *dy_rows,
-        D=D, BR=config.backward_rows, BD=triton.next_power_of_2(D), LAYER=form.layer, SILU=form.silu,
-        GATE_FIRST=form.gate_first, HAS_W=weight is not None, HAS_B=bias is not None, STORE_Y=y is not None,
-        num_warps=config.backward_warps,
+    (dense_x, *x_rows), (dense_gate, *gate_rows), (dense_dy, *dy_rows) = (as_rows(z, D) for z in (x, gate, dy))
+    numbers = (
+        rows, groups, *x_rows, *gate_rows, *dy_rows, D, config.backward_rows, triton.next_power_of_2(D), form.layer,
+        form.silu, form.gate_first, weight is not None, bias is not None, y_dtype is not None,
     )  # fmt: skip
-    return dx, dg, summed(dw, weight), summed(db, bias), y
+    launch = Launch(norm_gate_backward_kernel, (programs, groups), numbers, num_warps=config.backward_warps)
+    copied = dense_x is not x, dense_gate is not gate, dense_dy is not dy
+    weight_parts, bias_parts = (() if p is None else (programs, *p.shape) for p in (weight, bias))
+    return _Plan(copied, rows, weight_parts, bias_parts, launch)
+
+
+def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def groups_of(weight: Tensor | None, bias: Tensor | None, width: int) -> int:
@@ -225,6 +267,4 @@ def groups_of(weight: Tensor | None, bias: Tensor | None, width: int) -> int:
 
 
 def summed(parts: Tensor | None, like: Tensor | None) -> Tensor | None:
-    if parts is None or like is None:
-        return None
-    return parts.sum(0).reshape(like.shape).to(like.dtype)
+    return None if parts is None or like is None else parts.sum(0).to(like.dtype)

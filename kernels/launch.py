@@ -1,0 +1,59 @@
+"""Launches of Triton kernels without Triton's look at every argument, which costs more time than most kernels take.
+
+A launcher keeps a plan for each key: all that a compiled kernel, its grid and its numbers depend on, which is the
+`layout` of every operand that it did not allocate itself (what torch allocates begins at a multiple of 16 bytes) and
+whatever else it was called with. Triton compiles one way for numbers equal to 1 and another for those divisible by 16:
+equal keys mean equal numbers, so what it compiled at a key's first launch is right for all that follow. No key or plan
+holds a tensor.
+"""
+
+from collections.abc import Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOST_PLANS", "Launch", "keep", "layout"]
+
+# Plans of a launcher: a server has a few shapes a batch size.
+MOST_PLANS = 4096
+
+Plan = TypeVar("Plan")
+
+
+def layout(x: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a launch depends on but the operand's values and place in memory."""
+    return None if x is None else (x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
+
+
+def keep(plans: dict[Any, Plan], key: Hashable, plan: Plan) -> Plan:
+    """`plan`, from now on that of `key`; all are forgotten when there are MOST_PLANS."""
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
+class Launch:
+    """A kernel on its grid: called with its first arguments (tensors, None and floats), it adds `numbers` itself.
+
+    `numbers` are all its other arguments in order, constants of the compilation too; options are num_warps and the like.
+    The first call is Triton's; if it compiled, not interpreted, later ones go straight to what it compiled.
+    """
+
+    __slots__ = ("grid", "kernel", "numbers", "options", "run")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **options: int) -> None:
+        self.kernel, self.numbers, self.options = kernel, numbers, options
+        self.grid = (*grid, 1, 1)[:3]
+        self.run: Any = None
+
+    def __call__(self, first: Tensor, *others: Tensor | float | None) -> None:
+        """Runs on the current stream of the device that `first` is on."""
+        with torch.cuda.device_of(first):
+            if self.run is not None:
+                self.run(first, *others, *self.numbers)
+                return
+            compiled = self.kernel[self.grid](first, *others, *self.numbers, **self.options)
+            if compiled is not None:
+                self.run = compiled[self.grid]
