@@ -37,8 +37,8 @@ def keep(plans: dict[Any, Plan], key: Hashable, plan: Plan) -> Plan:
 class Launch:
     """A kernel on its grid: called with its first arguments (tensors, None and floats), it adds `numbers` itself.
 
-    `numbers` are all its other arguments in order, constants of the compilation too; options are num_warps and the like.
-    The first call is Triton's; if it compiled, not interpreted, later ones go straight to what it compiled.
+    `numbers` are all its other arguments in order, constants of the compilation too; options are num_warps and the
+    like. The first call is Triton's; if it compiled, not interpreted, later ones go straight to what it compiled.
     """
 
     __slots__ = ("grid", "kernel", "numbers", "options", "run")

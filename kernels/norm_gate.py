@@ -6,6 +6,8 @@ x, gate and one or two statistics a row are saved for backward. CPU and float64 
 `norm_gate_triton`.
 """
 
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,9 +27,18 @@ def has_triton(device_type: str, width: int, *dtypes: torch.dtype) -> bool:
     return device_type == "cuda" and width <= LARGEST_WIDTH and narrow
 
 
-def _uses_triton(form: Form, *operands: Tensor | None) -> bool:
-    tensors = [x for x in operands if x is not None]
-    return has_triton(tensors[0].device.type, form.width, *(x.dtype for x in tensors))
+_has_triton = lru_cache(has_triton)
+
+
+def _uses_triton(form: Form, x: Tensor, *others: Tensor | None) -> bool:
+    return _has_triton(x.device.type, form.width, x.dtype, *[y.dtype for y in others if y is not None])
+
+
+@cache
+def _triton() -> ModuleType:
+    from fla_compile.kernels import norm_gate_triton
+
+    return norm_gate_triton
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -39,9 +50,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias = _dense(weight), _dense(bias)
     if _uses_triton(form, x, gate, weight, bias):
-        from fla_compile.kernels.norm_gate_triton import launch_forward
-
-        y, rstd, mean = launch_forward(x, gate, weight, bias, form, dtype)
+        y, rstd, mean = _triton().launch_forward(x, gate, weight, bias, form, dtype)
     else:
         rows = (-1, form.width)
         y, rstd, mean = plain_forward(x.reshape(rows), gate.reshape(rows), weight, bias, form, dtype)
@@ -63,9 +72,7 @@ def gradients(
     weight, bias = _dense(weight), _dense(bias)
     statistics = rstd, mean if form.layer else None
     if _uses_triton(form, x, gate, weight, bias):
-        from fla_compile.kernels.norm_gate_triton import launch_backward
-
-        return launch_backward(x, gate, weight, bias, *statistics, dy, form, y_dtype)
+        return _triton().launch_backward(x, gate, weight, bias, *statistics, dy, form, y_dtype)
     rows = (-1, form.width)
     operands = x.reshape(rows), gate.reshape(rows), weight, bias, *statistics, dy.reshape(rows)
     dx, dg, dw, db, y = plain_backward(*operands, form, y_dtype)

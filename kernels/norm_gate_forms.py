@@ -13,7 +13,7 @@ Sources: Zhang and Sennrich 2019 (arXiv:1910.07467); Ba et al. 2016 (arXiv:1607.
 (arXiv:1803.08494); the gate as in Sun et al. 2023 (arXiv:2307.08621) and Dao and Gu 2024 (arXiv:2405.21060).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ NORMS = ("rms", "layer")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What is computed: rows of `width` elements; `layer` subtracts the mean; `silu` or the sigmoid alone."""
 
     width: int

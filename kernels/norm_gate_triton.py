@@ -5,8 +5,8 @@ gate may be strided: row r of an operand lies at (r // count) * outer + (r % cou
 so the heads of a slice of a wider projection need no copy. Results are dense.
 
 Backward programs walk over tiles of rows and keep their sums for dweight and dbias in registers: [programs, G, D]
-partial sums in float32, which torch adds up, so that the result is the same in every run. Program (p, h) takes the rows
-r with r % G = h, which share the weight h. The formulas are in `norm_gate_plain`.
+partial sums in float32, which a second kernel adds up, so that the result is the same in every run. Program (p, h)
+takes the rows r with r % G = h, which share the weight h. The formulas are in `norm_gate_plain`.
 """
 
 from functools import lru_cache
@@ -22,6 +22,9 @@ from fla_compile.kernels.norm_gate_configs import Config, config_for
 from fla_compile.kernels.norm_gate_forms import Form
 
 __all__ = ["launch_backward", "launch_forward"]
+
+# Partial sums that a program adds up at a time, and columns.
+SUM_TILE = 256, 16
 
 
 @triton.jit
@@ -129,6 +132,27 @@ def norm_gate_backward_kernel(
         tl.store(p_db + o_part, tl.sum(b_db, 0), mask=m_d)
 
 
+@triton.jit
+def sum_parts_kernel(
+    p_x, p_y, p_x_sum, p_y_sum, parts, size, BP: tl.constexpr, BS: tl.constexpr, BOTH: tl.constexpr
+):  # fmt: skip
+    """p_x and, with BOTH, p_y [parts, size], added up over the parts; one program for each BS columns."""
+    o_s = tl.program_id(0) * BS + tl.arange(0, BS)
+    store_sum(p_x, p_x_sum, parts, size, o_s, BP, BS)
+    if BOTH:
+        store_sum(p_y, p_y_sum, parts, size, o_s, BP, BS)
+
+
+@triton.jit
+def store_sum(p_x, p_sum, parts, size, o_s, BP: tl.constexpr, BS: tl.constexpr):
+    b_sum = tl.zeros((BP, BS), tl.float32)
+    for i_p in range(0, parts, BP):
+        o_p = i_p + tl.arange(0, BP)
+        m = (o_p < parts)[:, None] & (o_s < size)[None, :]
+        b_sum += tl.load(p_x + o_p[:, None] * size + o_s[None, :], mask=m, other=0.0)
+    tl.store(p_sum + o_s, tl.sum(b_sum, 0).to(p_sum.dtype.element_ty), mask=o_s < size)
+
+
 def as_rows(x: Tensor, width: int) -> tuple[Tensor, int, int, int]:
     """x [..., G * width] as rows, itself or a dense copy where that is no grid of rows; then count, outer, inner."""
     if x.is_contiguous():
@@ -156,13 +180,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 class _Plan(NamedTuple):
-    """What a call of known layouts needs: which of x, gate and dy to copy, shapes to allocate, and the launch."""
+    """What a call of known layouts needs: which of x, gate and dy to copy, and the launches."""
 
     copied: tuple[bool, ...]
     rows: int
-    weight_parts: tuple[int, ...]
-    bias_parts: tuple[int, ...]
     launch: Launch
+    parts: tuple[int, int] = (0, 0)
+    sum_parts: Launch | None = None
 
 
 _plans: dict[tuple[Any, ...], _Plan] = {}
@@ -205,7 +229,7 @@ def _plan_forward(
     )  # fmt: skip
     grid = (triton.cdiv(rows, config.rows),)
     launch = Launch(norm_gate_forward_kernel, grid, numbers, num_warps=config.num_warps)
-    return _Plan((dense_x is not x, dense_gate is not gate), rows, (), (), launch)
+    return _Plan((dense_x is not x, dense_gate is not gate), rows, launch)
 
 
 def launch_backward(
@@ -228,13 +252,17 @@ def launch_backward(
         plan = keep(_plans, key, _plan_backward(x, gate, weight, bias, dy, form, y_dtype, config))
     dx, dg = dense_like(x, x.dtype), dense_like(x, gate.dtype)
     y = None if y_dtype is None else dense_like(x, y_dtype)
-    dw = None if weight is None else torch.empty(plan.weight_parts, dtype=torch.float32, device=x.device)
-    db = None if bias is None else torch.empty(plan.bias_parts, dtype=torch.float32, device=x.device)
+    dw, db = (None if p is None else dense_like(p, p.dtype) for p in (weight, bias))
+    dw_parts, db_parts = (
+        None if p is None else torch.empty(plan.parts, dtype=torch.float32, device=x.device) for p in (weight, bias)
+    )
     copy_x, copy_gate, copy_dy = plan.copied
     x, gate = x.contiguous() if copy_x else x, gate.contiguous() if copy_gate else gate
     dy = dy.contiguous() if copy_dy else dy
-    plan.launch(x, gate, weight, bias, rstd, mean, dy, dx, dg, dw, db, y)
-    return dx, dg, summed(dw, weight), summed(db, bias), y
+    plan.launch(x, gate, weight, bias, rstd, mean, dy, dx, dg, dw_parts, db_parts, y)
+    if plan.sum_parts is not None:
+        plan.sum_parts(*((dw_parts, db_parts, dw, db) if weight is not None else (db_parts, None, db, None)))
+    return dx, dg, dw, db, y
 
 
 def _plan_backward(
@@ -253,8 +281,12 @@ def _plan_backward(
     )  # fmt: skip
     launch = Launch(norm_gate_backward_kernel, (programs, groups), numbers, num_warps=config.backward_warps)
     copied = dense_x is not x, dense_gate is not gate, dense_dy is not dy
-    weight_parts, bias_parts = (() if p is None else (programs, *p.shape) for p in (weight, bias))
-    return _Plan(copied, rows, weight_parts, bias_parts, launch)
+    if weight is None and bias is None:
+        return _Plan(copied, rows, launch)
+    size = groups * D
+    numbers = programs, size, *SUM_TILE, weight is not None and bias is not None
+    sum_parts = Launch(sum_parts_kernel, (triton.cdiv(size, SUM_TILE[1]),), numbers, num_warps=8)
+    return _Plan(copied, rows, launch, (programs, size), sum_parts)
 
 
 def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -264,7 +296,3 @@ def dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 def groups_of(weight: Tensor | None, bias: Tensor | None, width: int) -> int:
     """How many rows follow each other before the weights repeat."""
     return next((p.numel() // width for p in (weight, bias) if p is not None), 1)
-
-
-def summed(parts: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if parts is None or like is None else parts.sum(0).to(like.dtype)

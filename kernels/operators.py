@@ -1,8 +1,9 @@
 """Operators of this package: one `torch.library` operator from a function, its kernels, its fake, its gradients.
 
-They do what `torch.library.custom_op` does and cost half at every call: its gradients look each argument's default up
-in a list that is made anew for each (of n arguments, n lists of n), and its kernels look for aliases among operands and
-results, which `opcheck` does in the tests. Operators that take or return lists are `custom_op`s.
+They do what `torch.library.custom_op` does and cost less than half at every call: its gradients look each argument's
+default up in a list that is made anew for each (of n arguments, n lists of n), and its kernels look for aliases among
+operands and results, which `opcheck` does in the tests. Where nothing but the kernel is left to run below autograd, it
+is called and not dispatched to. Operators that take or return lists are `custom_op`s.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,10 @@ __all__ = ["operator", "register_autograd", "register_fake", "register_kernel"]
 NAMESPACE = "fla_compile"
 DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+# By operator, and by the set of dispatch keys of which none but the kernel's own is left.
+_kernels: dict[OpOverload, dict[int, Callable]] = {}
+# Dynamo must not trace what runs when a program calls an operator between two graphs.
+_untraced = torch._disable_dynamo
 
 
 def operator(
@@ -53,8 +58,10 @@ def register_kernel(op: OpOverload, device: str) -> Callable[[Callable], Callabl
         return run
 
     def register(kernel: Callable) -> Callable:
-        # Dynamo must not trace a kernel that a program calls between two graphs.
-        _LIBRARY.impl(op, torch._disable_dynamo(and_tell(kernel) if written else kernel), device.upper())
+        run = and_tell(kernel) if written else kernel
+        _LIBRARY.impl(op, _untraced(run), device.upper())
+        alone = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+        _kernels.setdefault(op, {})[alone.raw_repr()] = run
         return kernel
 
     return register
@@ -71,9 +78,13 @@ def register_fake(op: OpOverload) -> Callable[[Callable], Callable]:
 def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Callable) -> None:
     """Gradients: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`, as those of an autograd.Function."""
 
+    kernels, below = _kernels[op], torch._C._after_autograd_keyset
+
     def run(keyset: Any, *args: Any) -> Any:
+        rest = keyset & below
+        kernel = kernels.get(rest.raw_repr())
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return op.redispatch(rest, *args) if kernel is None else kernel(*args)
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -87,10 +98,13 @@ def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Call
         def backward(ctx: Any, *grads: Any) -> Any:
             return (*backward(ctx, *grads), None)
 
+    # The dispatcher has seen to what `Function.apply` looks for: no transform of torch.func is left here.
+    apply = super(torch.autograd.Function, Differentiable).apply
+
     def differentiate(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # type: ignore[attr-defined]
-            return Differentiable.apply(*args, keyset)
+            return apply(*args, keyset)
         return run(keyset, *args)
 
     Differentiable.__name__ = f"{op._opname}_differentiable"
-    _LIBRARY.impl(op, differentiate, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op, _untraced(differentiate), "Autograd", with_keyset=True)

@@ -13,7 +13,7 @@ NAMES = ("x", "gate", "weight", "bias")
 
 @dataclass(frozen=True)
 class Case:
-    """`groups` heads of `width` elements a row of the last axis; `affine`: "", "w" or "wb", for each head or shared."""
+    """`groups` heads of `width` elements a row of the last axis; `affine` "", "w", "b" or "wb", per head or not."""
 
     rows: int
     width: int
@@ -47,6 +47,7 @@ CASES = [
     Case(10, 20, groups=2, affine="wb", norm="layer", activation="sigmoid", layout="slices"),
     Case(9, 24, affine="wb", gate_first=True),
     Case(7, 100, affine="w", norm="layer", gate_first=True, activation="sigmoid"),
+    Case(8, 16, groups=2, affine="b", per_head=True),
 ]
 
 

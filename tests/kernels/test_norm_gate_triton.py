@@ -151,6 +151,23 @@ def test_compiles(arch, width, nbytes, config, layer):
             assert "ld.global.v4.b32" in compiled.asm["ptx"], f"{name}: loads of less than 16 bytes"
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_sum_of_parts_compiles(arch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names, (rows, columns) = norm_gate_triton.sum_parts_kernel.arg_names, norm_gate_triton.SUM_TILE
+    types = ["*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32", *["constexpr"] * 3]
+    constants = {(6,): rows, (7,): columns, (8,): True}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}
+    source = ASTSource(
+        norm_gate_triton.sum_parts_kernel, dict(zip(names, types, strict=True)), constants, attributes
+    )  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8})
+    assert compiled.metadata.shared <= 48 * 1024 and stack_bytes(compiled) == 0
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+
+
 ON_GPU = {
     torch.bfloat16: [
         Case(4099, 64),
@@ -173,6 +190,64 @@ def test_gpu(dtype, case):
     x, got = check_case(case, dtype, device="cuda")
     again = run_kernels(case, x, dtype)
     assert all(torch.equal(got[name], again[name]) for name in got)
+
+
+@pytest.mark.gpu
+def test_gpu_launched_by_layout():
+    """What was compiled for one layout serves new tensors, and no other size, alignment, type or epsilon."""
+    cases = [Case(33, 64, affine=a, norm=norm) for a, norm in (("", "rms"), ("b", "rms"), ("wb", "layer"))]
+    cases += [Case(33, 64), Case(33, 64, eps=0.1), Case(1, 64), Case(48, 16), Case(33, 64, groups=2, layout="slices")]
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for dtype, case, device in itertools.product((torch.float32, torch.bfloat16), cases, devices):
+        for seed in range(3):
+            x = make_inputs(case, dtype, device)
+            x.x, x.gate, x.dy = (y.roll(seed, 0) for y in (x.x, x.gate, x.dy)) if seed else (x.x, x.gate, x.dy)
+            check_results(case, x)
+            for name in ("x", "gate", "weight", "bias", "dy") if dtype == torch.bfloat16 else ():
+                y = getattr(x, name)
+                if y is not None:
+                    shifted = torch.empty(y.numel() + 1, dtype=y.dtype, device=device)[1:].view(y.shape)
+                    setattr(x, name, shifted.copy_(y))
+                    check_results(case, x)
+
+
+def check_results(case, x):
+    from fla_compile.ops import norm_gate
+
+    got, truth, eager = results(case, x, norm_gate), naive_results(case, x, torch.float64), results(case, x)
+    for name, y in got.items():
+        check_budget(f"{case} {name}", y, truth[name], eager[name], "forward" if name == "y" else "backward")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("warm", [False, True], ids=["first launch before", "launched twice before"])
+def test_gpu_graph(warm):
+    """Captured after Triton compiled it, or after what it compiled was launched; replayed on new operands."""
+    from fla_compile.ops import norm_gate
+
+    case = Case(513, 96, affine="wb", norm="layer", eps=0.01 + warm)  # not a form that another test has launched
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    leaves = [y.detach().requires_grad_() for y in (x.x, x.gate, x.weight, x.bias)]
+
+    def step():
+        y = norm_gate(*leaves, norm="layer", eps=case.eps)
+        return y.detach(), *torch.autograd.grad(y, leaves, x.dy)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(1 + warm):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(3):
+        with torch.no_grad():
+            leaves[0].neg_()
+            x.dy.mul_(0.5)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
 
 
 @pytest.mark.gpu
