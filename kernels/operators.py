@@ -77,7 +77,6 @@ def register_fake(op: OpOverload) -> Callable[[Callable], Callable]:
 
 def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Callable) -> None:
     """Gradients: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`, as those of an autograd.Function."""
-
     kernels, below = _kernels[op], torch._C._after_autograd_keyset
 
     def run(keyset: Any, *args: Any) -> Any:
@@ -98,11 +97,13 @@ def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Call
         def backward(ctx: Any, *grads: Any) -> Any:
             return (*backward(ctx, *grads), None)
 
-    # The dispatcher has seen to what `Function.apply` looks for: no transform of torch.func is left here.
+    # What `Function.apply` does but for transforms of torch.func, which it refuses.
     apply = super(torch.autograd.Function, Differentiable).apply
 
     def differentiate(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # type: ignore[attr-defined]
+            if torch._C._are_functorch_transforms_active():
+                return Differentiable.apply(*args, keyset)
             return apply(*args, keyset)
         return run(keyset, *args)
 

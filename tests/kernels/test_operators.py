@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
 
@@ -42,6 +43,28 @@ def test_values_and_gradients():
     assert torch.autograd.gradcheck(lambda x: ours(x, y.detach(), 3.0, None)[1], (x,))
     with torch.no_grad():
         assert not ours(x, y, 3.0, None)[0].requires_grad
+
+
+def test_whatever_lies_above_the_kernel_is_still_asked():
+    """Only where nothing does is the kernel called and not dispatched to: modes, transforms and lazy negation are."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for requires_grad in (True, False):
+        x, y = (torch.randn(5, requires_grad=requires_grad) for _ in range(2))
+        with Watch():
+            ours(x, y, 3.0, None)
+        assert seen.count(ours) == 1 + (not requires_grad)
+        torch.testing.assert_close(ours(torch._neg_view(x), y, 3.0, None)[0], -x * y * 3.0)
+    rows = torch.randn(4, 5)
+    many = torch.func.vmap(lambda x: ours(x, x, 3.0, None)[0])(rows)
+    torch.testing.assert_close(many, rows * rows * 3.0)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: ours(x, x, 3.0, None)[0].sum())(rows)
 
 
 def test_dynamo_leaves_a_kernel_alone():
