@@ -4,12 +4,15 @@ One program a row. Rows of up to WHOLE logits are read once and kept in register
 second time backwards, when most of a row is still in the L2 cache.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fla_compile.kernels.cross_entropy_rows import RowLoss
+from fla_compile.kernels.launch import Launch, layout, remember
 
 WHOLE = 4096  # 16 numbers in each of 256 threads
 MIDDLE = 65536  # a processor has 2048 threads: two rows at work of up to this length, one beyond it, all in 40 MB of L2
@@ -145,26 +148,42 @@ def block_of(V: int) -> tuple[int, int]:
     return block, max(1, block // 512)
 
 
+_launches: dict[tuple[Any, ...], Launch] = {}
+
+
 def triton_rows(
     a: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor | None, loss: RowLoss, *, out: Tensor | None
 ) -> Tensor:
-    n, V = a.shape
-    losses = torch.empty(n, dtype=torch.float32, device=a.device)
-    block, warps = block_of(V)
-    written = a if out is None else out
-    if n:
-        loss_rows_kernel[(n,)](
-            a, bias, target, scale, losses, written, a.stride(0), written.stride(0),
-            0 if scale is None else scale.stride(0), V, loss.ignore_index,
-            loss.logit_scale, loss.softcap, loss.label_smoothing, loss.z_loss,
-            BLOCK=block, IS_WHOLE=V <= block, HAS_BIAS=bias is not None, SOFTCAP=loss.softcap != 0.0,
-            SMOOTHED=loss.label_smoothing != 0.0, STORE=out is not None, num_warps=warps,
-        )  # fmt: skip
+    losses = torch.empty(a.shape[:1], dtype=torch.float32, device=a.device)
+    if len(a):
+        written = a if out is None else out
+        key = (layout(a), layout(bias), layout(target), layout(scale), layout(written), loss, out is None)
+        launch = _launches.get(key)
+        if launch is None:
+            launch = remember(_launches, key, _launch_rows(a, bias, scale, written, loss, store=out is not None))
+        launch(a, bias, target, scale, losses, written)
     return losses
+
+
+def _launch_rows(
+    a: Tensor, bias: Tensor | None, scale: Tensor | None, written: Tensor, loss: RowLoss, *, store: bool
+) -> Launch:
+    n, V = a.shape
+    block, warps = block_of(V)
+    numbers = (
+        a.stride(0), written.stride(0), 0 if scale is None else scale.stride(0), V, loss.ignore_index,
+        loss.logit_scale, loss.softcap, loss.label_smoothing, loss.z_loss,
+        block, V <= block, bias is not None, loss.softcap != 0.0, loss.label_smoothing != 0.0, store,
+    )  # fmt: skip
+    return Launch(loss_rows_kernel, (n,), numbers, num_warps=warps)
 
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a tensor of one number that the host never reads; x is contiguous."""
     programs = min(2048, triton.cdiv(x.numel(), 4096))
     if programs:
-        scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=4096, num_warps=8)
+        key = layout(x), layout(factor)
+        launch = _launches.get(key)
+        if launch is None:
+            launch = remember(_launches, key, Launch(scale_kernel, (programs,), (x.numel(), 4096), num_warps=8))
+        launch(x, factor)

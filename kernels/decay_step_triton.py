@@ -22,7 +22,7 @@ from torch import Tensor
 from fla_compile.kernels.decay_configs import StepConfig, step_config
 from fla_compile.kernels.decay_step_checks import check_steps
 from fla_compile.kernels.decay_triton_common import device_arch
-from fla_compile.kernels.launch import Launch, keep, layout
+from fla_compile.kernels.launch import Launch, layout, remember
 
 __all__ = ["step_forward", "step_in_place"]
 
@@ -165,7 +165,7 @@ def _launch(
     if plan is None:
         if final is None and state is not None:
             check_steps(q, k, v, state, g, gv, u)
-        plan = keep(_plans, key, _plan(q, k, v, g, gv, u, state, final, log, before, config))
+        plan = remember(_plans, key, _plan(q, k, v, g, gv, u, state, final, log, before, config))
     o = torch.empty(plan.shape, dtype=v.dtype, device=v.device)
     if plan.launch is not None:
         plan.launch(*operands, o, final, scale)

@@ -5,6 +5,8 @@ logsumexps, once for the loss, and where the gradient needs the loss (all but fo
 every other time backwards, when most of a row is still in the L2 cache.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from fla_compile.kernels.cross_entropy_triton import load_logits
 from fla_compile.kernels.kl_div_rows import Divergence, Side
+from fla_compile.kernels.launch import Launch, layout, remember
 
 WHOLE = 2048  # 8 numbers of each side in each of 256 threads
 
@@ -162,20 +165,36 @@ def block_of(V: int) -> tuple[int, int]:
     return block, block // 256
 
 
+_launches: dict[tuple[Any, ...], Launch] = {}
+
+
 def triton_rows(
     student: Side, teacher: Side, keep: Tensor | None, scale: Tensor | None, loss: Divergence, *, out: Tensor | None
 ) -> Tensor:
     a, b = student.a, teacher.a
-    n, V = a.shape
-    losses = torch.empty(n, dtype=torch.float32, device=a.device)
-    block, warps = block_of(V)
-    written = a if out is None else out
-    if n:
-        divergence_rows_kernel[(n,)](
-            a, student.bias, b, teacher.bias, keep, scale, losses, written, a.stride(0), b.stride(0),
-            written.stride(0), 0 if scale is None else scale.stride(0), V, student.scale, teacher.scale, loss.beta,
-            BLOCK=block, IS_WHOLE=V <= min(block, WHOLE), KIND=loss.kind, HAS_BIAS=student.bias is not None,
-            HAS_THEIR_BIAS=teacher.bias is not None, HAS_KEEP=keep is not None, STORE=out is not None,
-            num_warps=warps,
-        )  # fmt: skip
+    losses = torch.empty(a.shape[:1], dtype=torch.float32, device=a.device)
+    if len(a):
+        written = a if out is None else out
+        operands = a, student.bias, b, teacher.bias, keep, scale
+        key = (*map(layout, operands), layout(written), student.scale, teacher.scale, loss, out is None)
+        launch = _launches.get(key)
+        if launch is None:
+            launch = _launch_rows(student, teacher, keep, scale, written, loss, store=out is not None)
+            remember(_launches, key, launch)
+        launch(*operands, losses, written)
     return losses
+
+
+def _launch_rows(
+    student: Side, teacher: Side, keep: Tensor | None, scale: Tensor | None, written: Tensor, loss: Divergence,
+    *, store: bool,
+) -> Launch:  # fmt: skip
+    n, V = student.a.shape
+    block, warps = block_of(V)
+    numbers = (
+        student.a.stride(0), teacher.a.stride(0), written.stride(0), 0 if scale is None else scale.stride(0), V,
+        student.scale, teacher.scale, loss.beta,
+        block, V <= min(block, WHOLE), loss.kind, student.bias is not None, teacher.bias is not None,
+        keep is not None, store,
+    )  # fmt: skip
+    return Launch(divergence_rows_kernel, (n,), numbers, num_warps=warps)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_PLANS", "Launch", "keep", "layout"]
+__all__ = ["MOST_PLANS", "Launch", "layout", "remember"]
 
 # Plans of a launcher: a server has a few shapes a batch size.
 MOST_PLANS = 4096
@@ -26,7 +26,7 @@ def layout(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
 
 
-def keep(plans: dict[Any, Plan], key: Hashable, plan: Plan) -> Plan:
+def remember(plans: dict[Any, Plan], key: Hashable, plan: Plan) -> Plan:
     """`plan`, from now on that of `key`; all are forgotten when there are MOST_PLANS."""
     if len(plans) >= MOST_PLANS:
         plans.clear()

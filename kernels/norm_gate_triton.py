@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_compile.kernels.launch import Launch, keep, layout
+from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.norm_gate_configs import Config, config_for
 from fla_compile.kernels.norm_gate_forms import Form
 
@@ -205,7 +205,7 @@ def launch_forward(
     key = (form, config, layout(x), layout(gate), layout(weight), layout(bias), dtype)
     plan = _plans.get(key)
     if plan is None:
-        plan = keep(_plans, key, _plan_forward(x, gate, weight, bias, form, config))
+        plan = remember(_plans, key, _plan_forward(x, gate, weight, bias, form, config))
     y = dense_like(x, dtype)
     rstd = torch.empty((plan.rows,), dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.layer else None
@@ -249,7 +249,7 @@ def launch_backward(
     key = (form, config, *map(layout, operands), y_dtype)
     plan = _plans.get(key)
     if plan is None:
-        plan = keep(_plans, key, _plan_backward(x, gate, weight, bias, dy, form, y_dtype, config))
+        plan = remember(_plans, key, _plan_backward(x, gate, weight, bias, dy, form, y_dtype, config))
     dx, dg = dense_like(x, x.dtype), dense_like(x, gate.dtype)
     y = None if y_dtype is None else dense_like(x, y_dtype)
     dw, db = (None if p is None else dense_like(p, p.dtype) for p in (weight, bias))

@@ -14,7 +14,7 @@ from norm_gate_cases import Case, make_inputs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fla_compile.kernels import launch, norm_gate_triton  # noqa: E402
-from fla_compile.kernels.launch import Launch, keep, layout  # noqa: E402
+from fla_compile.kernels.launch import Launch, layout, remember  # noqa: E402
 from fla_compile.kernels.norm_gate_configs import Config  # noqa: E402
 
 
@@ -57,7 +57,7 @@ def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(launch, "MOST_PLANS", 3)
     plans = {}
     for n in range(10):
-        assert keep(plans, n, str(n)) == str(n) and plans[n] == str(n)
+        assert remember(plans, n, str(n)) == str(n) and plans[n] == str(n)
         assert len(plans) <= 3
 
 
