@@ -4,12 +4,15 @@ One table instead of autotuning. The steps that a program walks follow from the 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from fla_compile.kernels import short_conv_kernels as kernels
+from fla_compile.kernels.launch import Launch, layout, remember
 
 __all__ = ["LARGEST_WIDTH", "TABLE", "Config", "backward", "config_for", "forward", "step"]
 
@@ -59,14 +62,25 @@ class _Plan:
 
 
 def _plan(kernel: str, x: Tensor, W: int, config: Config | None) -> _Plan:
-    B, T, D = x.shape
-    config = config or config_for(kernel, x.element_size(), W)
+    return _plan_for(kernel, x.shape, x.element_size(), x.device, W, config)
+
+
+@lru_cache(maxsize=1024)
+def _plan_for(
+    kernel: str, shape: torch.Size, nbytes: int, device: torch.device, W: int, config: Config | None
+) -> _Plan:
+    B, T, D = shape
+    config = config or config_for(kernel, nbytes, W)
     block_d = min(config.block_d, triton.next_power_of_2(D))
     blocks = triton.cdiv(D, block_d)
-    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 1
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     even = B * T * blocks // (PROGRAMS[kernel] * count)
     steps = min(LONGEST, max(SHORTEST, triton.next_power_of_2(max(1, even))))
     return _Plan(config, block_d, steps, B * triton.cdiv(T, steps), blocks)
+
+
+# By kernel, options and layouts.
+_launches: dict[tuple[Any, ...], Launch] = {}
 
 
 def _dense_columns(x: Tensor) -> Tensor:
@@ -96,17 +110,22 @@ def forward(
     """y [B, T, D]."""
     x, weight = _dense_columns(x), weight.contiguous()
     residual = None if residual is None else _dense_columns(residual)
-    T, D, W = x.shape[1], x.shape[2], weight.shape[1]
-    plan = _plan("forward", x, W, config)
     position, sequence, _ = _places(cu_seqlens, x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels.short_conv_forward_kernel[plan.grid](
-        x, weight, bias, residual, initial_state, position, sequence, y, T, plan.steps, D,
-        x.stride(0), x.stride(1), *((0, 0) if residual is None else residual.stride()[:2]),
-        W=W, BD=plan.block_d, ROWS=plan.config.rows, SILU=silu, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, HAS_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
-        num_warps=plan.config.num_warps,
-    )  # fmt: skip
+    operands = x, weight, bias, residual, initial_state
+    key = ("forward", silu, cu_seqlens is None, config, *map(layout, operands))
+    launch = _launches.get(key)
+    if launch is None:
+        T, D, W = x.shape[1], x.shape[2], weight.shape[1]
+        plan = _plan("forward", x, W, config)
+        numbers = (
+            T, plan.steps, D, x.stride(0), x.stride(1), *((0, 0) if residual is None else residual.stride()[:2]),
+            W, plan.block_d, plan.config.rows, silu, bias is not None, residual is not None,
+            initial_state is not None, cu_seqlens is not None,
+        )  # fmt: skip
+        launch = Launch(kernels.short_conv_forward_kernel, plan.grid, numbers, num_warps=plan.config.num_warps)
+        remember(_launches, key, launch)
+    launch(*operands, position, sequence, y)
     return y
 
 
@@ -123,25 +142,38 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dx [B, T, D], dweight [D, W] and dbias [D] in float32, dinitial_state [N, W - 1, D] in float32 or None."""
     x, dy, weight = _dense_columns(x), _dense_columns(dy), weight.contiguous()
-    T, D, W = x.shape[1], x.shape[2], weight.shape[1]
-    plan = _plan("backward", x, W, config)
     position, sequence, ends = _places(cu_seqlens, x)
+    D, W = x.shape[2], weight.shape[1]
+    plan = _plan("backward", x, W, config)
+    operands = x, weight, bias, initial_state
+    layouts = (silu, cu_seqlens is None, config, *map(layout, operands), layout(dy))
+    key = ("backward", *layouts)
+    launch = _launches.get(key)
+    if launch is None:
+        numbers = (
+            x.shape[1], plan.steps, D, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+            W, plan.block_d, plan.config.rows, silu, bias is not None, initial_state is not None,
+            cu_seqlens is not None,
+        )  # fmt: skip
+        launch = Launch(kernels.short_conv_backward_kernel, plan.grid, numbers, num_warps=plan.config.num_warps)
+        remember(_launches, key, launch)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(plan.segments, W + 1, D, dtype=torch.float32, device=x.device)
-    options = dict(W=W, SILU=silu, HAS_BIAS=bias is not None, PACKED=cu_seqlens is not None)
-    strides = x.stride(0), x.stride(1), dy.stride(0), dy.stride(1)
-    kernels.short_conv_backward_kernel[plan.grid](
-        x, weight, bias, initial_state, position, sequence, dy, dx, parts, T, plan.steps, D, *strides,
-        BD=plan.block_d, ROWS=plan.config.rows, HAS_STATE=initial_state is not None,
-        num_warps=plan.config.num_warps, **options,
-    )  # fmt: skip
+    launch(*operands, position, sequence, dy, dx, parts)
     dh = None
     if initial_state is not None and need_state:
         dh = torch.empty(initial_state.shape, dtype=torch.float32, device=x.device)
-        kernels.short_conv_state_grad_kernel[(initial_state.shape[0] * plan.blocks,)](
-            x, weight, bias, initial_state, ends, dy, dh, T, D, *strides,
-            BD=plan.block_d, num_warps=plan.config.num_warps, **options,
-        )  # fmt: skip
+        key = ("state", *layouts, layout(ends))
+        launch = _launches.get(key)
+        if launch is None:
+            numbers = (
+                x.shape[1], D, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+                W, plan.block_d, silu, bias is not None, cu_seqlens is not None,
+            )  # fmt: skip
+            grid = (initial_state.shape[0] * plan.blocks,)
+            launch = Launch(kernels.short_conv_state_grad_kernel, grid, numbers, num_warps=plan.config.num_warps)
+            remember(_launches, key, launch)
+        launch(*operands, ends, dy, dh)
     total = parts.sum(0)
     return dx, total[:W].T, total[W], dh
 
@@ -150,12 +182,18 @@ def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, residual
     """y [B, D] of x [B, D]; the state [B, W - 1, D], dense, moves on by one row."""
     x, weight = _dense_columns(x), weight.contiguous()
     residual = None if residual is None else _dense_columns(residual)
-    B, D = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_d = min(256, triton.next_power_of_2(D))
-    kernels.short_conv_step_kernel[(B * triton.cdiv(D, block_d),)](
-        x, weight, bias, residual, state, y, D, x.stride(0), 0 if residual is None else residual.stride(0),
-        W=weight.shape[1], BD=block_d, SILU=silu, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        num_warps=2,
-    )  # fmt: skip
+    operands = x, weight, bias, residual, state
+    key = ("step", silu, *map(layout, operands))
+    launch = _launches.get(key)
+    if launch is None:
+        B, D = x.shape
+        block_d = min(256, triton.next_power_of_2(D))
+        numbers = (
+            D, x.stride(0), 0 if residual is None else residual.stride(0), weight.shape[1], block_d, silu,
+            bias is not None, residual is not None,
+        )  # fmt: skip
+        launch = Launch(kernels.short_conv_step_kernel, (B * triton.cdiv(D, block_d),), numbers, num_warps=2)
+        remember(_launches, key, launch)
+    launch(*operands, y)
     return y
