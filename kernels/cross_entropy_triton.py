@@ -175,7 +175,7 @@ def _launch_rows(
         loss.logit_scale, loss.softcap, loss.label_smoothing, loss.z_loss,
         block, V <= block, bias is not None, loss.softcap != 0.0, loss.label_smoothing != 0.0, store,
     )  # fmt: skip
-    return Launch(loss_rows_kernel, (n,), numbers, num_warps=warps)
+    return Launch(loss_rows_kernel, a.device, (n,), numbers, num_warps=warps)
 
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
@@ -185,5 +185,6 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
         key = layout(x), layout(factor)
         launch = _launches.get(key)
         if launch is None:
-            launch = remember(_launches, key, Launch(scale_kernel, (programs,), (x.numel(), 4096), num_warps=8))
+            launch = Launch(scale_kernel, x.device, (programs,), (x.numel(), 4096), num_warps=8)
+            remember(_launches, key, launch)
         launch(x, factor)

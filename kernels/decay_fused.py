@@ -33,6 +33,7 @@ from fla_compile.kernels.decay_triton_common import (
     precision,
     shared_limit,
 )
+from fla_compile.kernels.launch import Launch, layout, remember
 
 __all__ = ["Scans", "plan_scans", "scan_backward", "scan_forward"]
 
@@ -78,6 +79,9 @@ def chain_segments_kernel(
         b_s += b_u
     if FINAL:
         tl.store(p_st + i_bh.to(tl.int64) * (K * V) + o_s, b_s * s_st, mask=m_s)
+
+
+_launches: dict[tuple[Any, ...], Launch] = {}
 
 
 @dataclass(frozen=True)
@@ -142,36 +146,46 @@ def _launch(
     dg: Tensor | None = None, ranges: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One pass over time. Without y only the segments' own states, to st, and decays, to gt."""
+    operands: tuple[Tensor | None, ...] = x, z, w, g, s0, y, st, gt
+    numbers, exacts = tuple(map(float, scales)), (False,)  # an integer would be a number of the compilation
+    if plan.kind == "vector":
+        if ranges is None:
+            ranges = _ranges(plan, _programs(plan, w, tall), z)
+        operands = (x, z, w, g, e, s0, y, st, ranges, h, dg) if tall else (*operands, ranges)
+        numbers, exacts = (*numbers, float(plan.limit)), (True,) if plan.limit < 0 else (False, True)
+    layouts = tuple(map(layout, operands))
+    for exact in exacts:
+        key = (plan, tall, reverse, part, exact, layouts)
+        launch = _launches.get(key)
+        if launch is None:
+            launch = _launch_pass(plan, z, w, tall, reverse, part, exact, s0 is not None, y is not None, st is not None)
+            remember(_launches, key, launch)
+        launch(*operands, *numbers)
+
+
+def _launch_pass(
+    plan: Scans, z: Tensor, w: Tensor, tall: bool, reverse: bool, part: int, exact: bool, has_s0: bool, output: bool,
+    final: bool,
+) -> Launch:  # fmt: skip
     config = plan.tall if tall else plan.wide
-    X, W = z.shape[-1], w.shape[-1]
     # only the tiles of the table are known to compile to what they mean: smaller sizes are masked, not given others
-    BX, BW = config.block_k, config.block_v
-    blocks = triton.cdiv(W, BW)
-    grid = (plan.B * plan.segments * plan.H * blocks,)
-    numbers = *scales, plan.T, plan.length, plan.segments
-    meta = dict(
-        H=plan.H, X=X, W=W, C=config.chunk, BX=BX, BW=BW, REVERSE=reverse, FINAL=st is not None, TRANSPOSED=tall,
-        HAS_S0=s0 is not None, EVEN=plan.T % config.chunk == 0, PRECISION=plan.precision,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    sizes = (
+        plan.T, plan.length, plan.segments, plan.H, z.shape[-1], w.shape[-1], config.chunk, config.block_k,
+        config.block_v,
     )  # fmt: skip
-    if plan.kind != "vector":
-        chunk_scan_kernel[grid](
-            x, z, w, g, s0, y, st, gt, *numbers, DECAY=KINDS[plan.kind], OUTPUT=y is not None, **meta
-        )
-        return
-    if ranges is None:
-        ranges = _ranges(plan, grid[0], z)
-    numbers = *scales, plan.limit, *numbers[3:]
-    for exact in (True,) if plan.limit < 0 else (False, True):
-        meta.update(EXACT_OPTIONS if exact else {})
-        if tall:
-            chunk_scan_columns_kernel[grid](
-                x, z, w, g, e, s0, y, st, ranges, h, dg, *numbers, PART=part, EXACT=exact, **meta
-            )
-        else:
-            chunk_scan_rows_kernel[grid](
-                x, z, w, g, s0, y, st, gt, ranges, *numbers, OUTPUT=y is not None, EXACT=exact, **meta
-            )
+    common = tall, has_s0, plan.T % config.chunk == 0
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    kernel: Any = chunk_scan_kernel
+    flags: tuple[Any, ...] = (KINDS[plan.kind], reverse, output, final, *common)
+    if plan.kind == "vector":
+        kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
+        flags = (reverse, part if tall else output, final, *common, exact)
+        options = EXACT_OPTIONS if exact else options
+    return Launch(kernel, z.device, (_programs(plan, w, tall),), (*sizes, *flags, plan.precision), **options)
+
+
+def _programs(plan: Scans, w: Tensor, tall: bool) -> int:
+    return plan.B * plan.segments * plan.H * triton.cdiv(w.shape[-1], (plan.tall if tall else plan.wide).block_v)
 
 
 def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
@@ -190,11 +204,14 @@ def _chain(
     per_key = (K,) if plan.kind == "vector" else ()
     gt = torch.empty(B, plan.segments, H, *per_key, dtype=torch.float32, device=z.device)
     _launch(plan, None, z, w, g, None, tall=False, reverse=reverse, s0=None, scales=(1.0, 1.0, 1.0), st=u, gt=gt)
-    block = min(1024, triton.next_power_of_2(K * V))
-    chain_segments_kernel[(B * H * triton.cdiv(K * V, block),)](
-        u, gt, s0, st, s_in, s_st, H, plan.segments,
-        K=K, V=V, BLOCK=block, DECAY=KINDS[plan.kind], REVERSE=reverse, HAS_S0=s0 is not None, FINAL=st is not None,
-    )  # fmt: skip
+    key = ("chain", plan, reverse, layout(s0), layout(st), u.device)
+    launch = _launches.get(key)
+    if launch is None:
+        block = min(1024, triton.next_power_of_2(K * V))
+        numbers = H, plan.segments, K, V, block, KINDS[plan.kind], reverse, s0 is not None, st is not None
+        launch = Launch(chain_segments_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
+        remember(_launches, key, launch)
+    launch(u, gt, s0, st, float(s_in), float(s_st))
     return u
 
 
@@ -231,11 +248,9 @@ def scan_backward(
         dht = _chain(plan, q, do, g, dht, dh0, reverse=True, s_in=down, s_st=scale)
         down, final = 1.0, None
 
-    blocks = triton.cdiv(K, plan.tall.block_v)
-    programs = B * plan.segments * H * blocks
     h = dg = ranges = None
     if plan.kind == "vector":
-        ranges = _ranges(plan, programs, q)
+        ranges = _ranges(plan, _programs(plan, k, True), q)
     parts = (PLAIN.value, PLAIN.value)
     if plan.kind == "vector" and need_dg:
         parts = (QUERIES.value, KEYS.value)

@@ -168,7 +168,7 @@ def _launch(
         plan = remember(_plans, key, _plan(q, k, v, g, gv, u, state, final, log, before, config))
     o = torch.empty(plan.shape, dtype=v.dtype, device=v.device)
     if plan.launch is not None:
-        plan.launch(*operands, o, final, scale)
+        plan.launch(*operands, o, final, float(scale))
     return o
 
 
@@ -202,5 +202,5 @@ def _plan(
         q.shape[1], H, *strides, K, V, triton.next_power_of_2(K), block_v, *shares, heads // H, *flags,
     )  # fmt: skip
     programs = B * H * triton.cdiv(V, block_v)
-    launch = Launch(decay_step_kernel, (programs,), numbers, num_warps=config.num_warps, num_stages=1)
+    launch = Launch(decay_step_kernel, q.device, (programs,), numbers, num_warps=config.num_warps, num_stages=1)
     return _Plan((B, q.shape[1], heads, V), launch if programs else None)

@@ -197,4 +197,4 @@ def _launch_rows(
         block, V <= min(block, WHOLE), loss.kind, student.bias is not None, teacher.bias is not None,
         keep is not None, store,
     )  # fmt: skip
-    return Launch(divergence_rows_kernel, (n,), numbers, num_warps=warps)
+    return Launch(divergence_rows_kernel, student.a.device, (n,), numbers, num_warps=warps)

@@ -35,25 +35,28 @@ def remember(plans: dict[Any, Plan], key: Hashable, plan: Plan) -> Plan:
 
 
 class Launch:
-    """A kernel on its grid: called with its first arguments (tensors, None and floats), it adds `numbers` itself.
+    """A kernel on its device and grid: called with its first arguments, tensors, None and numbers of type float.
 
     `numbers` are all its other arguments in order, constants of the compilation too; options are num_warps and the
     like. The first call is Triton's; if it compiled, not interpreted, later ones go straight to what it compiled.
     """
 
-    __slots__ = ("grid", "kernel", "numbers", "options", "run")
+    __slots__ = ("device", "grid", "kernel", "numbers", "options", "run")
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **options: int) -> None:
+    def __init__(
+        self, kernel: Any, device: torch.device, grid: tuple[int, ...], numbers: tuple[Any, ...], **options: int
+    ) -> None:
         self.kernel, self.numbers, self.options = kernel, numbers, options
+        self.device = device.index if device.type == "cuda" else -1
         self.grid = (*grid, 1, 1)[:3]
         self.run: Any = None
 
-    def __call__(self, first: Tensor, *others: Tensor | float | None) -> None:
-        """Runs on the current stream of the device that `first` is on."""
-        with torch.cuda.device_of(first):
+    def __call__(self, *first: Tensor | float | None) -> None:
+        """Runs on the device's current stream."""
+        with torch.cuda.device(self.device):
             if self.run is not None:
-                self.run(first, *others, *self.numbers)
+                self.run(*first, *self.numbers)
                 return
-            compiled = self.kernel[self.grid](first, *others, *self.numbers, **self.options)
+            compiled = self.kernel[self.grid](*first, *self.numbers, **self.options)
             if compiled is not None:
                 self.run = compiled[self.grid]

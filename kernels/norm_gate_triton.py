@@ -228,7 +228,7 @@ def _plan_forward(
         form.gate_first, weight is not None, bias is not None, groups > 1,
     )  # fmt: skip
     grid = (triton.cdiv(rows, config.rows),)
-    launch = Launch(norm_gate_forward_kernel, grid, numbers, num_warps=config.num_warps)
+    launch = Launch(norm_gate_forward_kernel, x.device, grid, numbers, num_warps=config.num_warps)
     return _Plan((dense_x is not x, dense_gate is not gate), rows, launch)
 
 
@@ -279,13 +279,13 @@ def _plan_backward(
         rows, groups, *x_rows, *gate_rows, *dy_rows, D, config.backward_rows, triton.next_power_of_2(D), form.layer,
         form.silu, form.gate_first, weight is not None, bias is not None, y_dtype is not None,
     )  # fmt: skip
-    launch = Launch(norm_gate_backward_kernel, (programs, groups), numbers, num_warps=config.backward_warps)
+    launch = Launch(norm_gate_backward_kernel, x.device, (programs, groups), numbers, num_warps=config.backward_warps)
     copied = dense_x is not x, dense_gate is not gate, dense_dy is not dy
     if weight is None and bias is None:
         return _Plan(copied, rows, launch)
     size = groups * D
     numbers = programs, size, *SUM_TILE, weight is not None and bias is not None
-    sum_parts = Launch(sum_parts_kernel, (triton.cdiv(size, SUM_TILE[1]),), numbers, num_warps=8)
+    sum_parts = Launch(sum_parts_kernel, x.device, (triton.cdiv(size, SUM_TILE[1]),), numbers, num_warps=8)
     return _Plan(copied, rows, launch, (programs, size), sum_parts)
 
 

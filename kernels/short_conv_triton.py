@@ -123,7 +123,9 @@ def forward(
             W, plan.block_d, plan.config.rows, silu, bias is not None, residual is not None,
             initial_state is not None, cu_seqlens is not None,
         )  # fmt: skip
-        launch = Launch(kernels.short_conv_forward_kernel, plan.grid, numbers, num_warps=plan.config.num_warps)
+        launch = Launch(
+            kernels.short_conv_forward_kernel, x.device, plan.grid, numbers, num_warps=plan.config.num_warps
+        )
         remember(_launches, key, launch)
     launch(*operands, position, sequence, y)
     return y
@@ -155,7 +157,9 @@ def backward(
             W, plan.block_d, plan.config.rows, silu, bias is not None, initial_state is not None,
             cu_seqlens is not None,
         )  # fmt: skip
-        launch = Launch(kernels.short_conv_backward_kernel, plan.grid, numbers, num_warps=plan.config.num_warps)
+        launch = Launch(
+            kernels.short_conv_backward_kernel, x.device, plan.grid, numbers, num_warps=plan.config.num_warps
+        )
         remember(_launches, key, launch)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(plan.segments, W + 1, D, dtype=torch.float32, device=x.device)
@@ -171,7 +175,9 @@ def backward(
                 W, plan.block_d, silu, bias is not None, cu_seqlens is not None,
             )  # fmt: skip
             grid = (initial_state.shape[0] * plan.blocks,)
-            launch = Launch(kernels.short_conv_state_grad_kernel, grid, numbers, num_warps=plan.config.num_warps)
+            launch = Launch(
+                kernels.short_conv_state_grad_kernel, x.device, grid, numbers, num_warps=plan.config.num_warps
+            )
             remember(_launches, key, launch)
         launch(*operands, ends, dy, dh)
     total = parts.sum(0)
@@ -193,7 +199,7 @@ def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, residual
             D, x.stride(0), 0 if residual is None else residual.stride(0), weight.shape[1], block_d, silu,
             bias is not None, residual is not None,
         )  # fmt: skip
-        launch = Launch(kernels.short_conv_step_kernel, (B * triton.cdiv(D, block_d),), numbers, num_warps=2)
+        launch = Launch(kernels.short_conv_step_kernel, x.device, (B * triton.cdiv(D, block_d),), numbers, num_warps=2)
         remember(_launches, key, launch)
     launch(*operands, y)
     return y

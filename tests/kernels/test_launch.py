@@ -17,6 +17,8 @@ from fla_compile.kernels import launch, norm_gate_triton  # noqa: E402
 from fla_compile.kernels.launch import Launch, layout, remember  # noqa: E402
 from fla_compile.kernels.norm_gate_configs import Config  # noqa: E402
 
+CPU = torch.device("cpu")
+
 
 class Recorder:
     """Stands in for a kernel that Triton compiles at the first launch, or for what it made of it."""
@@ -35,7 +37,7 @@ class Recorder:
 def test_the_second_launch_is_of_what_the_first_compiled():
     again = Recorder()
     first = Recorder(again)
-    run = Launch(first, (7, 2), (3, 4, True), num_warps=8)
+    run = Launch(first, CPU, (7, 2), (3, 4, True), num_warps=8)
     x, y = torch.zeros(3), torch.zeros(2)
     for z in (x, y, x):
         run(z, None, 0.5)
@@ -47,7 +49,7 @@ def test_the_second_launch_is_of_what_the_first_compiled():
 
 def test_interpreted_kernels_stay():
     kernel = Recorder(None)
-    run = Launch(kernel, (1,), (), num_warps=1)
+    run = Launch(kernel, CPU, (1,), (), num_warps=1)
     for _ in range(3):
         run(torch.zeros(1))
     assert [options for *_, options in kernel.calls] == [{"num_warps": 1}] * 3
@@ -188,7 +190,7 @@ def test_as_triton_launches(monkeypatch):
     for module in ("triton.runtime.jit", "triton.compiler.compiler"):
         monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
     x, z = torch.zeros(16), torch.zeros(16)
-    run = Launch(example_kernel, (3,), (16, 1, 32, 16, False), num_warps=2)
+    run = Launch(example_kernel, CPU, (3,), (16, 1, 32, 16, False), num_warps=2)
     for scale in (0.5, 0.5, 2.0):
         run(x, None, z, scale)
     example_kernel[(3,)](x, None, z, 0.5, 16, 1, 32, SIZE=16, HAS_Y=False, num_warps=2)
