@@ -1,6 +1,7 @@
-"""A decay over values on the Triton kernels of a decay over keys: interpreted, compiled ahead of time, and on a GPU.
+"""A decay over values on the Triton kernels of a decay over keys: interpreted, and on a GPU.
 
-Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part, as `test_decay_triton` is.
+Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pytest starts it in a process of its own,
+as for `test_decay_triton`, which also compiles ahead of time what is launched here.
 """
 
 import os
@@ -14,28 +15,24 @@ import torch
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
 from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
 from range_cases import check_where_finite  # noqa: E402
 from range_cases import log_decay as extreme_decay  # noqa: E402
-from test_decay_triton import STACK, check_results, compile_kernel, on_gpu  # noqa: E402
+from test_decay_triton import check_results, on_gpu  # noqa: E402
 
-from fla_compile.kernels import (  # noqa: E402
-    decay_cpu,
-    decay_fused,
-    decay_ops,
-    decay_scan_gates,
-    decay_triton_common,
-    decay_triton_grads,
-    decay_triton_values,
-)
+from fla_compile import explain, ops  # noqa: E402
+from fla_compile.kernels import decay_fused, decay_naive, decay_triton_values  # noqa: E402
 from fla_compile.kernels.decay_checks import value_kernels_for  # noqa: E402
-from fla_compile.kernels.decay_configs import TABLE, Config, all_configs, configs_for  # noqa: E402
+from fla_compile.kernels.decay_configs import Config  # noqa: E402
 
-FAMILY = "gla_values"
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "dh0")
+SPLIT, SCAN = Config(32, 16, 16, 4, 1, 0), Config(32, 32, 16, 4, 1, 0)
 
 
-def run_kernels(x: Inputs, dht=True, **how):
+def value_case(T, decay="strong", B=1, H=1, K=8, V=16):
+    return Case("gla_values", T, B=B, H=H, K=K, V=V, value_decay=decay)
+
+
+def run_kernels(x, **how):
     """All results by name, gv's gradient as dg, with every allocation the launchers make filled with NaN."""
     empty, empty_like = torch.empty, torch.empty_like
     torch.empty = lambda *a, **kw: empty(*a, **kw).fill_(torch.nan)
@@ -48,8 +45,8 @@ def run_kernels(x: Inputs, dht=True, **how):
     return dict(zip(NAMES, results, strict=True))
 
 
-def named(results):
-    return {"dg" if name == "dgv" else name: y for name, y in results.items()}
+def looped(case, x, dtype):
+    return dict(zip(NAMES, naive_results(case, x, dtype).values(), strict=True))
 
 
 def narrow_results(x, dtype):
@@ -65,72 +62,60 @@ def narrow_results(x, dtype):
     return dict(zip(NAMES, (o.detach(), S.detach(), *grads), strict=True))
 
 
-def check(case, dtype, launches, x=None):
-    """Holds every launch to the budget, twice the same; the relative rms errors by launch and name."""
-    x = x or make_inputs(case, dtype)
-    truth = named(naive_results(case, x, torch.float64))
-    eager = named(naive_results(case, x, dtype)) if dtype == torch.float32 else narrow_results(x, dtype)
-    errors = {}
-    for name, how in launches.items():
+def check(case, x, dtype, *launches):
+    """Holds every launch to the budget; prints the relative rms errors of those on a GPU, run twice alike."""
+    truth = looped(case, x, torch.float64)
+    eager = looped(case, x, dtype) if dtype == torch.float32 else narrow_results(x, dtype)
+    for how in launches:
         got = run_kernels(x, **how)
-        errors |= {(name, key): error for key, error in check_results(case, x, got, dtype, truth, eager).items()}
+        errors = check_results(case, x, got, dtype, truth, eager)
         if x.q.is_cuda:
+            print(case, dtype, *how, *(f"{name} {error:.1e}" for name, error in errors.items()))
             again = run_kernels(x, **how)
-            assert all(torch.equal(y, again[key]) for key, y in got.items()), f"{case} {name} differs from run to run"
-    return errors
+            assert all(torch.equal(y, again[name]) for name, y in got.items()), f"{case} differs from run to run"
 
 
 def scans_of(x, config=None, **choices):
-    return decay_fused.plan_scans(x.v, x.k, "vector", wide=config, tall=config, **choices)
-
-
-def value_case(T, decay="strong", B=1, H=1, K=8, V=16):
-    return Case(FAMILY, T, B=B, H=H, K=K, V=V, value_decay=decay)
+    return dict(scans=decay_fused.plan_scans(x.v, x.k, "vector", wide=config, tall=config, **choices))
 
 
 def interpret() -> None:
     """Small shapes with several blocks of keys, values and time, both launches, float32 and float16."""
-    split, scan = Config(32, 16, 16, 4, 1, 0), Config(32, 32, 16, 4, 1, 0)
-    cases = [
-        value_case(37, H=2, K=20, V=24),
-        value_case(1, B=2),
-        value_case(33, "very_strong"),
-        value_case(33, "resets"),
-    ]
-    for case in (*cases, value_case(33, "zero"), value_case(33, "growing")):
-        check(case, torch.float32, {"split": dict(config=split)})
+    sizes = value_case(37, K=20, V=24)
+    short = [value_case(1, B=2, V=8), value_case(33, "very_strong", K=4), value_case(33, "resets", K=4)]
+    for case in (sizes, *short):
+        check(case, make_inputs(case, torch.float32), torch.float32, dict(config=SPLIT))
         print("ok split", case)
-    check(cases[0], torch.float16, {"split": dict(config=split)})
-    for case in (*cases, value_case(96, K=32)):  # whole tiles, and every chunk again
+    for case in (sizes, *short[1:]):
         x = make_inputs(case, torch.float16)
-        choices = dict(segments=1), dict(segments=2), dict(segments=2, limit=-1.0)
-        launches = {str(c): dict(scans=scans_of(x, scan, **c)) for c in choices[: 3 if case.T == 96 else 1]}
-        check(case, torch.float16, launches, x)
+        check(case, x, torch.float16, scans_of(x, SCAN, segments=2 if case is sizes else 1))
         print("ok fused", case)
-    operators(split)
+    whole = value_case(64, K=16, V=32)  # whole tiles, and every chunk again
+    x = make_inputs(whole, torch.float16)
+    check(whole, x, torch.float16, scans_of(x, SCAN, segments=1), scans_of(x, SCAN, segments=2, limit=-1.0))
+    print("ok fused", whole)
+    views()
 
 
-def operators(config: Config) -> None:
-    """Through autograd, with views as operands, decays of zero, and sizes and gates that have no kernel."""
-    case = value_case(33, H=2, K=16, V=24)
+def views() -> None:
+    """Views as operands, resets by a decay of zero; no initial state and no gradient of the final one."""
+    case = value_case(20, B=2, H=2, K=4, V=8)
     x = make_inputs(case, torch.float32)
-    gv = extreme_decay("some_infinite", x.gv.shape)
-    gv = gv.transpose(1, 2).contiguous().transpose(1, 2)
-    x = Inputs(
-        x.q, x.k.flip(1).flip(1), torch.stack([x.v, x.v], -1)[..., 0], None, x.h0.mT.contiguous().mT, x.do, x.dht, gv
-    )
-    got = run_kernels(x, config=config)
-    truth, eager = (named(naive_results(case, x, dtype)) for dtype in (torch.float64, torch.float32))
-    for name, y in got.items():
+    gv = extreme_decay("some_infinite", x.gv.shape).transpose(1, 2).contiguous().transpose(1, 2)
+    v = torch.stack([x.v, x.v], -1)[..., 0]
+    x = Inputs(x.q, x.k, v, None, x.h0.mT.contiguous().mT, x.do.expand_as(x.do), x.dht.mT.contiguous().mT, gv)
+    truth, eager = looped(case, x, torch.float64), looped(case, x, torch.float32)
+    for name, y in run_kernels(x, config=SPLIT).items():
+        assert y.is_contiguous()
         check_where_finite(f"{case} {name}", y, truth[name], eager[name])
-    o, final = decay_triton_values.chunk_forward(x.q, x.k, x.v, x.gv, None, SCALE, config=config)
-    *grads, dh0 = decay_triton_values.chunk_backward(x.q, x.k, x.v, x.gv, None, SCALE, x.do, None, config=config)
+    results = decay_triton_values.chunk_forward(x.q, x.k, v, gv, None, SCALE, config=SPLIT)
+    results += decay_triton_values.chunk_backward(x.q, x.k, v, gv, None, SCALE, x.do, None, config=SPLIT)
     zero = torch.zeros_like(x.h0)
-    want = run_kernels(Inputs(x.q, x.k, x.v, None, zero, x.do, zero, gv), config=config)
-    assert dh0 is None
-    for y, name in zip((o, final, *grads), NAMES, strict=False):
-        assert y.is_contiguous() and torch.equal(y, want[name]), name
-    print("ok operands")
+    want = run_kernels(Inputs(x.q, x.k, v, None, zero, x.do, zero, gv), config=SPLIT)
+    assert results[-1] is None
+    for y, name in zip(results[:-1], NAMES, strict=False):
+        assert torch.equal(y, want[name]), name
+    print("ok views")
 
 
 def test_interpreted():
@@ -139,7 +124,80 @@ def test_interpreted():
     env["PYTHONPATH"] = os.pathsep.join(path)
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 12
+    assert done.stdout.count("ok ") == 9
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "dtype", "gate"),
+    [(64, 257, torch.bfloat16, False), (257, 64, torch.bfloat16, False), (8, 8, torch.float64, False),
+     (8, 8, torch.bfloat16, True)],
+    ids=["V", "K", "float64", "both gates"],
+)  # fmt: skip
+def test_what_has_no_kernel(K, V, dtype, gate):
+    q, v = (torch.empty(1, 1, 1, size, dtype=dtype, device="meta") for size in (K, V))
+    on_gpu = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": dtype, "shape": q.shape})()
+    assert value_kernels_for(on_gpu, v, q if gate else None) is None
+    if K == V and dtype == torch.bfloat16:
+        assert value_kernels_for(on_gpu, v, None) is decay_triton_values
+
+
+def test_refuses():
+    x = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(ValueError, match="between 1 and 256"):
+        decay_triton_values.chunk_forward(x, x, torch.zeros(1, 2, 1, 300), torch.zeros(1, 2, 1, 300), None, 1.0)
+    with pytest.raises(ValueError, match="g has shape"):
+        decay_triton_values.chunk_forward(x, x, x, torch.zeros(1, 2, 1, 5), None, 1.0)
+
+
+# Whole tiles of the largest class; part of a tile in each class; sizes that only the split launch has.
+GPU = {
+    torch.bfloat16: [
+        *(value_case(192, decay, H=2, K=128, V=128) for decay in ("strong", "very_strong", "resets")),
+        value_case(1000, "weak", B=2, H=3, K=72, V=40),
+        value_case(130, "resets", H=2, K=96, V=200),
+    ],
+    torch.float16: [value_case(130, decay, H=2, K=48, V=64) for decay in ("zero", "mixed")],
+    torch.float32: [value_case(T, decay, B=2, H=3, K=40, V=72) for T, decay in ((1, "weak"), (130, "resets"))],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU, ids=str)
+def test_gpu(dtype):
+    for case in GPU[dtype]:
+        x = on_gpu(make_inputs(case, dtype))
+        fused = dtype != torch.float32 and case.V <= 128
+        assert (scans_of(x)["scans"] is not None) == fused
+        segments = (1, 2) if case.T == 1000 else (1,)
+        check(case, x, dtype, *([scans_of(x, segments=n) for n in segments] if fused else [{}]))
+
+
+def loop(q, k, v, gv):
+    S = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    o = torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        S = S * gv[:, t].exp()[..., None, :] + k[:, t, :, :, None] * v[:, t, :, None]
+        o[:, t] = (q[:, t, :, :, None] * S).sum(-2).to(v.dtype)
+    return o
+
+
+@pytest.mark.gpu
+def test_gpu_loop():
+    """A naive loop under the backend, and packed sequences, through the operator and its autograd."""
+    x = on_gpu(make_inputs(value_case(130, "strong", H=2, K=48, V=64), torch.bfloat16))
+    inputs = [y.requires_grad_() for y in (x.q, x.k, x.v, x.gv)]
+    assert [(r.family, r.kernel) for r in explain(loop, *inputs).rewrites] == [("gla", "chunk (Triton)")]
+    o = torch.compile(loop, backend="fla", fullgraph=True, options={"strict": True})(*inputs)
+    lengths = torch.tensor([0, 37, 130])
+    packed, _ = ops.gla(*inputs[:3], gv=x.gv, scale=1.0, cu_seqlens=lengths)
+    wide = [y.detach().double().requires_grad_() for y in inputs]
+    whole, _ = decay_naive.naive_gla(*wide[:3], gv=wide[3], scale=1.0)
+    parts, _ = decay_naive.naive_gla(*wide[:3], gv=wide[3], scale=1.0, cu_seqlens=lengths)
+    for got, want in ((o, whole), (packed, parts)):
+        grads = torch.autograd.grad(got, inputs, x.do)
+        truths = torch.autograd.grad(want, wide, x.do.double())
+        for y, truth in zip((got, *grads), (want, *truths), strict=True):
+            assert ((y.double() - truth).norm() / truth.norm()).item() < 2e-2
 
 
 if __name__ == "__main__":
