@@ -48,7 +48,7 @@ def chunk_forward(
     `config` asks for the split launch and `scans` for the fused one (both for keys v and values k), in place of the
     tables' choice. Raises ValueError for dtypes, sizes or shapes that do not fit.
     """
-    kind = check_shapes(v, v, k, gv)
+    kind = _check(q, k, v, gv)
     B, _, H, K = q.shape
     if B * H == 0:
         return torch.empty_like(v), torch.empty(B, H, K, v.shape[-1], dtype=torch.float32, device=q.device)
@@ -82,19 +82,17 @@ def chunk_backward(
 
     `config` and `scans` as for `chunk_forward`. Raises ValueError for dtypes, sizes or shapes that do not fit.
     """
-    kind = check_shapes(v, v, k, gv)
+    kind = _check(q, k, v, gv)
     q, k, v, gv, do = (x.contiguous() for x in (q, k, v, gv, do.to(q.dtype)))
     h0, dht = _transposed(initial_state), _transposed(dht)
+    dq = torch.empty_like(q)
     dh0 = None if h0 is None else torch.empty_like(h0, dtype=torch.float32)
     if q.shape[0] * q.shape[2] == 0:
-        dgv = torch.empty_like(gv, dtype=torch.float32)
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dgv, _transposed(dh0)
+        return dq, torch.empty_like(k), torch.empty_like(v), torch.empty_like(gv, dtype=torch.float32), _transposed(dh0)
     with torch.cuda.device_of(q):
         if config is None and scans is None and scale != 0:  # the fused launch divides by it
             scans = plan_scans(v, k, kind)
-        dgv: Tensor | None
         if scans is not None:
-            dq = torch.empty_like(q)
             _, dv, dk, dgv, dh0 = scan_backward(scans, do, v, k, gv, h0, scale, q, dht, need_dg=True, o=dq)
         else:
             plan = plan_launch(v, k, kind, config)
@@ -104,6 +102,13 @@ def chunk_backward(
             _, dv, dk, dgv = launch_gradients(plan, do, v, k, gv, a, h, scale, q, dht, dh0)
     assert dgv is not None
     return dq, dk, dv, dgv, _transposed(dh0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, gv: Tensor) -> str:
+    kind = check_shapes(v, v, k, gv)
+    if q.shape != k.shape or gv.shape != v.shape:
+        raise ValueError(f"q, k, v, gv have shapes {', '.join(str(tuple(x.shape)) for x in (q, k, v, gv))}")
+    return kind
 
 
 def _transposed(state: Tensor | None) -> Tensor | None:

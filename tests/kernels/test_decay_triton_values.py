@@ -14,13 +14,13 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
-from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results  # noqa: E402
+from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results, results  # noqa: E402
 from range_cases import check_where_finite  # noqa: E402
 from range_cases import log_decay as extreme_decay  # noqa: E402
 from test_decay_triton import check_results, on_gpu  # noqa: E402
 
 from fla_compile import explain, ops  # noqa: E402
-from fla_compile.kernels import decay_fused, decay_naive, decay_triton_values  # noqa: E402
+from fla_compile.kernels import decay_fused, decay_naive, decay_ops, decay_triton_values, decay_values  # noqa: E402
 from fla_compile.kernels.decay_checks import value_kernels_for  # noqa: E402
 from fla_compile.kernels.decay_configs import Config  # noqa: E402
 
@@ -38,11 +38,11 @@ def run_kernels(x, **how):
     torch.empty = lambda *a, **kw: empty(*a, **kw).fill_(torch.nan)
     torch.empty_like = lambda *a, **kw: empty_like(*a, **kw).fill_(torch.nan)
     try:
-        results = decay_triton_values.chunk_forward(x.q, x.k, x.v, x.gv, x.h0, SCALE, **how)
-        results += decay_triton_values.chunk_backward(x.q, x.k, x.v, x.gv, x.h0, SCALE, x.do, x.dht, **how)
+        found = decay_triton_values.chunk_forward(x.q, x.k, x.v, x.gv, x.h0, SCALE, **how)
+        found += decay_triton_values.chunk_backward(x.q, x.k, x.v, x.gv, x.h0, SCALE, x.do, x.dht, **how)
     finally:
         torch.empty, torch.empty_like = empty, empty_like
-    return dict(zip(NAMES, results, strict=True))
+    return dict(zip(NAMES, found, strict=True))
 
 
 def looped(case, x, dtype):
@@ -92,11 +92,25 @@ def interpret() -> None:
         check(case, x, torch.float16, scans_of(x, SCAN, segments=segments))
         print("ok fused", case)
     views()
+    operator()
+
+
+def operator() -> None:
+    """The operator as CUDA runs it, with its autograd and its sequences packed."""
+    decay_values.value_kernels_for = lambda *_: decay_triton_values
+    case = value_case(7, H=2, K=4, V=8)
+    x = make_inputs(case, torch.float32)
+    got = dict(zip(NAMES, results(decay_ops.gla, case, x, torch.float32).values(), strict=True))
+    check_results(case, x, got, torch.float32, looped(case, x, torch.float64), looped(case, x, torch.float32))
+    lengths = torch.tensor([0, 3, 7])
+    found = [fn(x.q, x.k, x.v, gv=x.gv, cu_seqlens=lengths)[0] for fn in (decay_ops.gla, decay_naive.naive_gla)]
+    torch.testing.assert_close(*found)
+    print("ok operator")
 
 
 def views() -> None:
     """Views as operands, resets by a decay of zero; no initial state and no gradient of the final one."""
-    case = value_case(17, H=2, K=4, V=8)
+    case = value_case(17, H=2, K=4, V=4)
     x = make_inputs(case, torch.float32)
     gv = extreme_decay("some_infinite", x.gv.shape).transpose(1, 2).contiguous().transpose(1, 2)
     v = torch.stack([x.v, x.v], -1)[..., 0]
@@ -105,12 +119,12 @@ def views() -> None:
     for name, y in run_kernels(x, config=SPLIT).items():
         assert y.is_contiguous()
         check_where_finite(f"{case} {name}", y, truth[name], eager[name])
-    results = decay_triton_values.chunk_forward(x.q, x.k, v, gv, None, SCALE, config=SPLIT)
-    results += decay_triton_values.chunk_backward(x.q, x.k, v, gv, None, SCALE, x.do, None, config=SPLIT)
+    found = decay_triton_values.chunk_forward(x.q, x.k, v, gv, None, SCALE, config=SPLIT)
+    found += decay_triton_values.chunk_backward(x.q, x.k, v, gv, None, SCALE, x.do, None, config=SPLIT)
     zero = torch.zeros_like(x.h0)
     want = run_kernels(Inputs(x.q, x.k, v, None, zero, x.do, zero, gv), config=SPLIT)
-    assert results[-1] is None
-    for y, name in zip(results[:-1], NAMES, strict=False):
+    assert found[-1] is None
+    for y, name in zip(found[:-1], NAMES, strict=False):
         assert torch.equal(y, want[name]), name
     print("ok views")
 
@@ -121,7 +135,7 @@ def test_interpreted():
     env["PYTHONPATH"] = os.pathsep.join(path)
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 8
+    assert done.stdout.count("ok ") == 9
 
 
 @pytest.mark.parametrize(
@@ -142,8 +156,9 @@ def test_refuses():
     x = torch.zeros(1, 2, 1, 4)
     with pytest.raises(ValueError, match="between 1 and 256"):
         decay_triton_values.chunk_forward(x, x, torch.zeros(1, 2, 1, 300), torch.zeros(1, 2, 1, 300), None, 1.0)
-    with pytest.raises(ValueError, match="g has shape"):
-        decay_triton_values.chunk_forward(x, x, x, torch.zeros(1, 2, 1, 5), None, 1.0)
+    for gv, message in ((torch.zeros(1, 2, 1, 5), "g has shape"), (torch.zeros(1, 2, 1), "q, k, v, gv have shapes")):
+        with pytest.raises(ValueError, match=message):
+            decay_triton_values.chunk_forward(x, x, x, gv, None, 1.0)
 
 
 # Whole tiles of the largest class; part of a tile in each class; sizes that only the split launch has.
