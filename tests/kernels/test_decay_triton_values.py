@@ -161,10 +161,11 @@ def test_refuses():
             decay_triton_values.chunk_forward(x, x, x, gv, None, 1.0)
 
 
-# Whole tiles of the largest class; part of a tile in each class; sizes that only the split launch has.
+# Whole tiles of both classes; parts of tiles; sizes that only the split launch has.
 GPU = {
     torch.bfloat16: [
         *(value_case(192, decay, H=2, K=128, V=128) for decay in ("strong", "very_strong", "resets")),
+        value_case(192, "mixed", H=2, K=64, V=64),
         value_case(1000, "weak", B=2, H=3, K=72, V=40),
         value_case(130, "resets", H=2, K=96, V=200),
     ],
