@@ -293,7 +293,7 @@ def launch_query_grads(
 ) -> torch.Tensor:
     """dq alone, under a decay over keys."""
     dq, dqs = torch.empty_like(k), torch.empty(k.shape, dtype=torch.float32, device=k.device)
-    # of q and dh only what is not stored is computed
+    # the queries and dh reach only what is not stored
     _launch_vector(plan, k, k, v, g, do, h, h, (dqs, None, None), (dq, None, None), scale, dq_only=True)
     return dq
 
