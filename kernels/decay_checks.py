@@ -5,7 +5,8 @@ linear_attention    S_t = S_{t-1} + k_t v_t^T                     none
 retention           S_t = gamma S_{t-1} + k_t v_t^T               H
 simple_gla          S_t = a_t S_{t-1} + k_t v_t^T                 B, T, H
 gla                 S_t = diag(a_t) S_{t-1} + k_t v_t^T           B, T, H, K
-gla_values          S_t = diag(a_t) S_{t-1} diag(w_t) + k_t v_t^T B, T, H, K or none, and B, T, H, V for w
+gla_values          S_t = S_{t-1} diag(w_t) + k_t v_t^T           none, and B, T, H, V for w
+gla_both            S_t = diag(a_t) S_{t-1} diag(w_t) + k_t v_t^T B, T, H, K, and B, T, H, V for w
 rwkv6               as gla, read before the update                B, T, H, K
 """
 
@@ -26,12 +27,14 @@ FAMILIES: dict[str, tuple[str, ...] | None] = {
     "retention": ("H",),
     "simple_gla": ("B", "T", "H"),
     "gla": ("B", "T", "H", "K"),
-    "gla_values": ("B", "T", "H", "K"),
+    "gla_values": None,
+    "gla_both": ("B", "T", "H", "K"),
     "rwkv6": ("B", "T", "H", "K"),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_HEAD_CUDA = 256
-PRODUCTS_ONLY = ("gla_values",)
+# Of any size on CUDA: in matrix products, where there is no kernel.
+ANY_SIZE = ("gla_values", "gla_both")
 
 # What the step kernel takes; a longer sequence is for the chunk kernels.
 MOST_STEPS = 16
@@ -46,16 +49,16 @@ def supports(family: str, device_type: str, dtype: torch.dtype, K: int, V: int) 
         return f"device {device_type!r} is not one of {', '.join(DEVICES)}"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-    limited = device_type == "cuda" and family not in PRODUCTS_ONLY
-    if limited and (K > LARGEST_HEAD_CUDA or V > LARGEST_HEAD_CUDA):
+    limited = device_type == "cuda" and family not in ANY_SIZE
+    if limited and max(K, V) > LARGEST_HEAD_CUDA:
         return f"head sizes K={K}, V={V} exceed {LARGEST_HEAD_CUDA} on cuda"
     return None
 
 
-def kernel_name(family: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+def kernel_name(family: str, device_type: str, dtype: torch.dtype | None = None, K: int = 1, V: int = 1) -> str:
     """What runs a family that `supports` accepts, for reports; float64 is none of Triton's types."""
-    triton = device_type == "cuda" and family not in PRODUCTS_ONLY and dtype != torch.float64
-    return "chunk (Triton)" if triton else "chunk (matrix products)"
+    triton = device_type == "cuda" and family != "gla_both" and dtype != torch.float64
+    return "chunk (Triton)" if triton and max(K, V) <= LARGEST_HEAD_CUDA else "chunk (matrix products)"
 
 
 def chunks_for(q: Tensor) -> ModuleType:
@@ -65,6 +68,16 @@ def chunks_for(q: Tensor) -> ModuleType:
     from fla_compile.kernels import decay_triton  # triton may be absent
 
     return decay_triton
+
+
+def value_kernels_for(q: Tensor, v: Tensor, g: Tensor | None) -> ModuleType | None:
+    """Where `chunk_forward` and `chunk_backward` of a decay over values are, beside g; None: in `decay_cpu`."""
+    family = "gla_values" if g is None else "gla_both"
+    if kernel_name(family, q.device.type, q.dtype, q.shape[-1], v.shape[-1]) != "chunk (Triton)":
+        return None
+    from fla_compile.kernels import decay_triton_values  # triton may be absent
+
+    return decay_triton_values
 
 
 def has_step_kernel(device: torch.device, dtype: torch.dtype, K: int, V: int) -> bool:

@@ -35,7 +35,7 @@ from fla_compile.kernels.decay_triton_common import (
 )
 from fla_compile.kernels.launch import Launch, layout, remember
 
-__all__ = ["Scans", "plan_scans", "scan_backward", "scan_forward"]
+__all__ = ["Scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
 
 # Programs that run side by side on a multiprocessor before it is full.
 RESIDENT = 2
@@ -228,13 +228,29 @@ def scan_forward(
     return o, ht
 
 
+def scan_query_grad(
+    plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dq alone, and the final state with its axes exchanged, [B, H, V, K] in float32; all operands contiguous."""
+    dq = torch.empty_like(k)
+    ht = torch.empty(plan.B, plan.H, plan.V, plan.K, dtype=torch.float32, device=k.device)
+    final: Tensor | None = ht
+    if plan.segments > 1:
+        last = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
+        h0, final = _chain(plan, k, v, g, h0, last, reverse=False, s_in=1.0, s_st=1.0), None
+        ht.copy_(last.mT)
+    _launch(plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0), st=final)
+    return dq, ht
+
+
 def scan_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
-    dht: Tensor | None, *, need_dg: bool,
+    dht: Tensor | None, *, need_dg: bool, o: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients (dq, dk, dv, dg, dh0); dg as g and dh0 as h0 in float32; all operands contiguous.
 
-    dg is None but for a decay over keys: the passes do not compute that of one decay per head or row.
+    dg is None but for a decay over keys: the passes do not compute that of one decay per head or row. `o`, if given, is
+    filled with the outputs.
 
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
@@ -247,6 +263,8 @@ def scan_backward(
         h0 = _chain(plan, k, v, g, h0, None, reverse=False, s_in=1.0, s_st=1.0)
         dht = _chain(plan, q, do, g, dht, dh0, reverse=True, s_in=down, s_st=scale)
         down, final = 1.0, None
+    if o is not None:
+        _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0))
 
     h = dg = ranges = None
     if plan.kind == "vector":

@@ -28,6 +28,7 @@ from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     KINDS,
     NO_DECAY,
+    Launch,
     as_decay,
     check_shapes,
     chunk_program,
@@ -40,7 +41,7 @@ from fla_compile.kernels.decay_triton_common import (
     store_rows,
 )
 
-__all__ = ["chunk_backward", "chunk_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "launch_outputs"]
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -103,7 +104,7 @@ def chunk_forward(
     for dtypes, sizes or shapes that do not fit.
     """
     kind = check_shapes(q, k, v, g)
-    B, T, H, K = q.shape
+    B, _, H, K = q.shape
     V = v.shape[-1]
     if B * H == 0:
         return torch.empty_like(v), torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
@@ -116,13 +117,27 @@ def chunk_forward(
         if scans is not None:
             return scan_forward(scans, q, k, v, g, h0, scale)
         plan = plan_launch(q, v, kind, config)
-        o = torch.empty(B, T, H, V, dtype=q.dtype, device=q.device)
         a = launch_key_scores(plan, q, k, g) if g is not None and kind == "vector" else None
         h, ht = launch_states(plan, k, v, g, h0, final=True)
         assert ht is not None
-        chunk_output_kernel[(B * H * plan.chunks * plan.value_blocks,)](
-            q, k, v, g, a, h, o, scale, T, H,
-            K=K, V=V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
-            DECAY=KINDS[kind], PRECISION=plan.precision, **plan.options,
-        )  # fmt: skip
-        return o, ht
+        return launch_outputs(plan, q, k, v, g, a, h, scale), ht
+
+
+def launch_outputs(
+    plan: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    a: torch.Tensor | None,
+    h: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Outputs [B, T, H, V] of the split launch, from its scores and states."""
+    o = torch.empty_like(v)
+    chunk_output_kernel[(plan.B * plan.H * plan.chunks * plan.value_blocks,)](
+        q, k, v, g, a, h, o, scale, plan.T, plan.H,
+        K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
+        DECAY=KINDS[plan.kind], PRECISION=plan.precision, **plan.options,
+    )  # fmt: skip
+    return o

@@ -20,6 +20,7 @@ from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     KINDS,
     NO_DECAY,
+    Launch,
     as_decay,
     check_shapes,
     chunk_program,
@@ -34,7 +35,7 @@ from fla_compile.kernels.decay_triton_common import (
 )
 from fla_compile.kernels.decay_triton_grads import launch_query_key_grads
 
-__all__ = ["chunk_backward"]
+__all__ = ["chunk_backward", "launch_gradients"]
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -144,7 +145,7 @@ def chunk_backward(
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
-    B, T, H, K = q.shape
+    B, _, H, K = q.shape
     V = v.shape[-1]
     if B * H == 0:
         dg, dh0 = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
@@ -157,18 +158,34 @@ def chunk_backward(
         if scans is not None:
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
         plan = plan_launch(q, v, kind, config)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
-        meta = dict(C=plan.config.chunk, PRECISION=plan.precision, **plan.options)
-        blocks = dict(K=K, V=V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[kind])
-        per_chunk = B * H * plan.chunks
         h, _ = launch_states(plan, k, v, g, h0, final=False)
-        dh = torch.empty_like(h)
-        chunk_state_grad_kernel[(B * H * plan.key_blocks * plan.value_blocks,)](
-            q, do, g, dht, dh, dh0, scale, T, H,
-            HAS_DHT=dht is not None, STORE_DH0=dh0 is not None, **blocks, **meta,
-        )  # fmt: skip
         a = launch_key_scores(plan, q, k, g) if g is not None and kind == "vector" else None
-        chunk_value_grad_kernel[(per_chunk * plan.value_blocks,)](q, k, g, a, do, dh, dv, scale, T, H, **blocks, **meta)
-        dg = launch_query_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale)
-    return dq, dk, dv, dg, dh0
+        dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
+        return *launch_gradients(plan, q, k, v, g, a, h, scale, do, dht, dh0), dh0
+
+
+def launch_gradients(
+    plan: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    a: torch.Tensor | None,
+    h: torch.Tensor,
+    scale: float,
+    do: torch.Tensor,
+    dht: torch.Tensor | None,
+    dh0: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients (dq, dk, dv, dg) of the split launch, from its scores and states; fills dh0."""
+    T, H = plan.T, plan.H
+    dq, dk, dv, dh = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(h)
+    meta = dict(C=plan.config.chunk, PRECISION=plan.precision, **plan.options)
+    blocks = dict(K=plan.K, V=plan.V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[plan.kind])
+    chunk_state_grad_kernel[(plan.B * H * plan.key_blocks * plan.value_blocks,)](
+        q, do, g, dht, dh, dh0, scale, T, H, HAS_DHT=dht is not None, STORE_DH0=dh0 is not None, **blocks, **meta
+    )
+    chunk_value_grad_kernel[(plan.B * H * plan.chunks * plan.value_blocks,)](
+        q, k, g, a, do, dh, dv, scale, T, H, **blocks, **meta
+    )
+    return dq, dk, dv, launch_query_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale)

@@ -41,12 +41,12 @@ from fla_compile.kernels.decay_triton_common import (
 def chunk_query_key_grad_kernel(
     p_q, p_k, p_v, p_g, p_do, p_h, p_dh, p_dq, p_dk, p_dg, scale, T, H, s_dg,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, DQ_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and each K block's share of dg (s_dg apart), one program per (b, h, chunk, K block).
 
     Under a decay over keys only the terms that go through S and D, in float32: dq' before the scale, dk', and in
-    p_dg [B, T, H, K] the first three terms of dg.
+    p_dg [B, T, H, K] the first three terms of dg. There DQ_ONLY stores dq' alone, and the compiler drops the others.
     """
     NV: tl.constexpr = tl.cdiv(V, BV)
     i_k, i_bt, i_h, t_0, i_row = chunk_program(T, H, C, K, BK)
@@ -99,7 +99,8 @@ def chunk_query_key_grad_kernel(
         b_q = load_rows(p_q + i_row * K, o_c * H, o_k, m_c, K)
         b_pt = tl.where(m_pt, b_pt, 0.0).to(b_q.dtype)
         b_dk += tl.dot(b_pt, b_q, input_precision=PRECISION) * scale
-    store_rows(p_dk + i_row * K, b_dk, o_c * H, o_k, m_c, K)
+    if not DQ_ONLY:
+        store_rows(p_dk + i_row * K, b_dk, o_c * H, o_k, m_c, K)
 
     b_dq = tl.zeros((C, BK), tl.float32)
     b_p = tl.zeros((C, C), tl.float32)
@@ -115,7 +116,8 @@ def chunk_query_key_grad_kernel(
     if DECAY == KEY_DECAY:
         b_dq *= tl.exp(tl.cumsum(as_decay(load_rows(p_gr, o_c * H, o_k, m_c, K)), 0))
         b_dg += tl.cumsum(b_q * b_dq * scale, 0, reverse=True)
-        store_rows(p_dg + i_row * K, b_dg, o_c * H, o_k, m_c, K)
+        if not DQ_ONLY:
+            store_rows(p_dg + i_row * K, b_dg, o_c * H, o_k, m_c, K)
     else:
         m_p = o_c[:, None] >= o_c[None, :]
         if DECAY != NO_DECAY:
@@ -157,9 +159,10 @@ def chunk_value_scores_kernel(
 @triton.jit(do_not_specialize=["T", "H"])
 def chunk_key_grad_kernel(
     p_q, p_k, p_g, p_p, p_dqs, p_dks, p_dgs, p_dq, p_dk, p_dg, scale, T, H,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DQ_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the terms inside a chunk, and writes dq, dk, dg; one program per (b, h, chunk, K block), last rows first."""
+    """Adds the terms inside a chunk, and writes dq, dk, dg, or dq alone; one program per (b, h, chunk, K block), last
+    rows first."""
     NS: tl.constexpr = C // SUB
     i_k, _, _, t_0, i_row = chunk_program(T, H, C, K, BK)
     o_c = tl.arange(0, C)
@@ -187,11 +190,12 @@ def chunk_key_grad_kernel(
         b_p = tl.load(p_pr + (o_r * H * C)[:, None] + o_c[None, :], mask=m_r[:, None] & m_before[None, :], other=0.0)
         b_dq = tl.dot(b_p, b_x, input_precision=PRECISION) * tl.exp(tl.cumsum(b_g, 0))
 
-        b_x = load_rows(p_qr, o_c * H, o_k, m_after, K)
-        b_gc = as_decay(load_rows(p_gr, o_c * H, o_k, m_after, K))
-        b_x = (b_x * tl.exp(tl.cumsum(b_gc, 0))).to(b_x.dtype)
-        b_p = tl.load(p_pr + (o_c * H * C)[None, :] + o_r[:, None], mask=m_r[:, None] & m_after[None, :], other=0.0)
-        b_dk = tl.dot(b_p, b_x, input_precision=PRECISION) * tl.exp(tl.cumsum(b_next, 0, reverse=True))
+        if not DQ_ONLY:
+            b_x = load_rows(p_qr, o_c * H, o_k, m_after, K)
+            b_gc = as_decay(load_rows(p_gr, o_c * H, o_k, m_after, K))
+            b_x = (b_x * tl.exp(tl.cumsum(b_gc, 0))).to(b_x.dtype)
+            b_p = tl.load(p_pr + (o_c * H * C)[None, :] + o_r[:, None], mask=m_r[:, None] & m_after[None, :], other=0.0)
+            b_dk = tl.dot(b_p, b_x, input_precision=PRECISION) * tl.exp(tl.cumsum(b_next, 0, reverse=True))
 
         b_eq = tl.zeros((SUB, BK), tl.float32)
         b_ek = tl.zeros((SUB, BK), tl.float32)
@@ -205,26 +209,29 @@ def chunk_key_grad_kernel(
             b_eq += tl.where((o_s > j)[:, None], b_gj[None, :], 0.0)
             b_dq += b_pj[:, None] * b_kj[None, :] * tl.exp(b_eq)
 
-            m_i = t_0 + r_0 + i_d < T
-            b_gi = as_decay(tl.load(p_gr + (r_0 + i_d) * H * K + o_k, mask=m_k & m_i, other=0.0))
-            b_qi = tl.load(p_qr + (r_0 + i_d) * H * K + o_k, mask=m_k & m_i, other=0.0).to(tl.float32)
-            b_pi = tl.load(p_pr + (r_0 + i_d) * H * C + o_r, mask=m_i & (o_s < i_d), other=0.0).to(tl.float32)
-            b_ek += tl.where((o_s < i_d)[:, None], b_gi[None, :], 0.0)
-            b_dk += b_pi[:, None] * b_qi[None, :] * tl.exp(b_ek)
+            if not DQ_ONLY:
+                m_i = t_0 + r_0 + i_d < T
+                b_gi = as_decay(tl.load(p_gr + (r_0 + i_d) * H * K + o_k, mask=m_k & m_i, other=0.0))
+                b_qi = tl.load(p_qr + (r_0 + i_d) * H * K + o_k, mask=m_k & m_i, other=0.0).to(tl.float32)
+                b_pi = tl.load(p_pr + (r_0 + i_d) * H * C + o_r, mask=m_i & (o_s < i_d), other=0.0).to(tl.float32)
+                b_ek += tl.where((o_s < i_d)[:, None], b_gi[None, :], 0.0)
+                b_dk += b_pi[:, None] * b_qi[None, :] * tl.exp(b_ek)
 
-        b_q = load_rows(p_qr, o_r * H, o_k, m_r, K).to(tl.float32)
         b_k = load_rows(p_kr, o_r * H, o_k, m_r, K).to(tl.float32)
-        b_w = (b_q * b_dq - b_k * b_dk) * scale
-        b_dg = load_rows(p_dgs + i_row * K, o_r * H, o_k, m_r, K)
-        b_dg += tl.cumsum(b_w, 0, reverse=True) + b_carry[None, :]
-        store_rows(p_dg + i_row * K, b_dg, o_r * H, o_k, m_r, K)
-        b_carry += tl.sum(b_w, 0)
+        if not DQ_ONLY:
+            b_q = load_rows(p_qr, o_r * H, o_k, m_r, K).to(tl.float32)
+            b_w = (b_q * b_dq - b_k * b_dk) * scale
+            b_dg = load_rows(p_dgs + i_row * K, o_r * H, o_k, m_r, K)
+            b_dg += tl.cumsum(b_w, 0, reverse=True) + b_carry[None, :]
+            store_rows(p_dg + i_row * K, b_dg, o_r * H, o_k, m_r, K)
+            b_carry += tl.sum(b_w, 0)
 
         b_pd = tl.load(p_pr + o_r * H * C + o_r, mask=m_r, other=0.0).to(tl.float32)[:, None]
         b_dq = (load_rows(p_dqs + i_row * K, o_r * H, o_k, m_r, K) + b_dq + b_pd * b_k) * scale
-        b_dk = load_rows(p_dks + i_row * K, o_r * H, o_k, m_r, K) + (b_dk + b_pd * b_q) * scale
         store_rows(p_dq + i_row * K, b_dq, o_r * H, o_k, m_r, K)
-        store_rows(p_dk + i_row * K, b_dk, o_r * H, o_k, m_r, K)
+        if not DQ_ONLY:
+            b_dk = load_rows(p_dks + i_row * K, o_r * H, o_k, m_r, K) + (b_dk + b_pd * b_q) * scale
+            store_rows(p_dk + i_row * K, b_dk, o_r * H, o_k, m_r, K)
 
 
 def launch_query_key_grads(
@@ -248,7 +255,7 @@ def launch_query_key_grads(
     chunk_query_key_grad_kernel[(B * H * plan.chunks * plan.key_blocks,)](
         q, k, v, g, do, h, dh, dq, dk, shares, scale, T, H, B * T * H,
         K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
-        DECAY=KINDS[plan.kind], PRECISION=plan.precision, **plan.options,
+        DECAY=KINDS[plan.kind], DQ_ONLY=False, PRECISION=plan.precision, **plan.options,
     )  # fmt: skip
     if shares is None:
         return None
@@ -270,17 +277,53 @@ def _launch_key_grads(
     scale: float,
 ) -> torch.Tensor:
     """Fills dq and dk and returns dg, under a decay over keys."""
+    dqs, dks, dgs, dg = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(4))
+    _launch_vector(plan, q, k, v, g, do, h, dh, (dqs, dks, dgs), (dq, dk, dg), scale, dq_only=False)
+    return dg
+
+
+def launch_query_grads(
+    plan: Launch,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    do: torch.Tensor,
+    h: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """dq alone, under a decay over keys."""
+    dq, dqs = torch.empty_like(k), torch.empty(k.shape, dtype=torch.float32, device=k.device)
+    # the queries and dh reach only what is not stored
+    _launch_vector(plan, k, k, v, g, do, h, h, (dqs, None, None), (dq, None, None), scale, dq_only=True)
+    return dq
+
+
+def _launch_vector(
+    plan: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    do: torch.Tensor,
+    h: torch.Tensor,
+    dh: torch.Tensor,
+    through: tuple[torch.Tensor | None, ...],
+    results: tuple[torch.Tensor | None, ...],
+    scale: float,
+    *,
+    dq_only: bool,
+) -> None:
+    """Fills (dq, dk, dg), and on the way their terms that go through the states."""
     B, T, H, K, V, C = plan.B, plan.T, plan.H, plan.K, plan.V, plan.config.chunk
     per_chunk = B * H * plan.chunks
     meta = dict(C=C, PRECISION=plan.precision, **plan.options)
     p = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
     chunk_value_scores_kernel[(per_chunk,)](do, v, p, T, H, V=V, BV=plan.block_v, **meta)
-    dqs, dks, dgs, dg = (torch.empty(B, T, H, K, dtype=torch.float32, device=q.device) for _ in range(4))
+    meta.update(DQ_ONLY=dq_only)
     chunk_query_key_grad_kernel[(per_chunk * plan.key_blocks,)](
-        q, k, v, g, do, h, dh, dqs, dks, dgs, scale, T, H, 0,
+        q, k, v, g, do, h, dh, *through, scale, T, H, 0,
         K=K, V=V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS["vector"], **meta,
     )  # fmt: skip
     chunk_key_grad_kernel[(per_chunk * plan.key_blocks,)](
-        q, k, g, p, dqs, dks, dgs, dq, dk, dg, scale, T, H, K=K, BK=plan.block_k, **meta
+        q, k, g, p, *through, *results, scale, T, H, K=K, BK=plan.block_k, **meta
     )
-    return dg

@@ -63,11 +63,13 @@ def kernel_for(step: Step, stage: Stage) -> str:
     if isinstance(stage, Recurrence):
         ops = delta_ops if stage.family in delta_ops.FAMILIES else decay_ops
         sizes = step.space.total(stage.keys), step.space.total(stage.values)
-        reason = ops.supports(stage.family, device, state.dtype, *sizes)
+        own = stage.family
+        if stage.value_decay:
+            own = "gla_both" if stage.decay or stage.decay_coef != 1.0 else "gla_values"
+        reason = ops.supports(own, device, state.dtype, *sizes)
         name = "chunk (matrix products)"
         if ops is decay_ops:
-            own = "gla_values" if stage.value_decay else stage.family
-            name = decay_ops.kernel_name(own, device, state.dtype)
+            name = decay_ops.kernel_name(own, device, state.dtype, *sizes)
     else:
         scan = linear_scan if isinstance(stage, Elementwise) else selective_scan
         reason, name = scan.supports(device, state.dtype), "scan in blocks"

@@ -27,7 +27,7 @@ def _call(family, leaves):
 
 def test_the_table():
     assert tuple(decay_ops.OPS) == OPERATORS
-    assert tuple(decay_ops.FAMILIES) == (*OPERATORS, "gla_values", "rwkv6")
+    assert tuple(decay_ops.FAMILIES) == (*OPERATORS, "gla_values", "gla_both", "rwkv6")
     assert set(ops.__all__) >= {name for f in OPERATORS for name in (f, f"naive_{f}")}
 
 
@@ -171,6 +171,7 @@ def test_bad_gates_are_named(family, gate, message):
         (("gla", "cuda", torch.bfloat16, 257, 64), "K=257"),
         (("retention", "cuda", torch.float32, 64, 512), "V=512"),
         (("gla_values", "cuda", torch.float32, 64, 512), None),
+        (("gla_both", "cuda", torch.float32, 64, 512), None),
         (("rwkv6", "cpu", torch.float64, 512, 512), None),
         (("rwkv6", "cuda", torch.float32, 64, 512), "V=512"),
         (("rwkv", "cpu", torch.float32, 64, 64), "family"),
@@ -191,7 +192,11 @@ def test_supports(arguments, reason):
         (("gla", "cuda", torch.bfloat16), "chunk (Triton)"),
         (("gla", "cuda", torch.float64), "chunk (matrix products)"),
         (("rwkv6", "cuda"), "chunk (Triton)"),
-        (("gla_values", "cuda"), "chunk (matrix products)"),
+        (("gla_values", "cuda"), "chunk (Triton)"),
+        (("gla_values", "cuda", torch.float32, 256, 256), "chunk (Triton)"),
+        (("gla_values", "cuda", torch.float32, 64, 257), "chunk (matrix products)"),
+        (("gla_values", "cuda", torch.float64), "chunk (matrix products)"),
+        (("gla_both", "cuda"), "chunk (matrix products)"),
     ],
 )
 def test_kernel_name(arguments, name):

@@ -194,13 +194,18 @@ def kernels_of(row, kind):
         (forward.chunk_output_kernel, tile),
         (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH0=True)),
         (backward.chunk_value_grad_kernel, tile),
-        (grads.chunk_query_key_grad_kernel, tile),
+        (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=False)),
     ]
     if kind == "vector":
+        inside = dict(K=row.size, C=config.chunk, BK=config.block_k)
+        absent = dict.fromkeys(("p_dk", "p_dg"))
         found += [
             (common.chunk_key_scores_kernel, dict(K=row.size, C=config.chunk, BK=min(config.block_k, 32))),
             (grads.chunk_value_scores_kernel, dict(V=row.size, C=config.chunk, BV=config.block_v)),
-            (grads.chunk_key_grad_kernel, dict(K=row.size, C=config.chunk, BK=config.block_k)),
+            (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=False)),
+            # the output under a decay over values
+            (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=True, **absent)),
+            (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=True, p_dks=None, p_dgs=None, **absent)),
         ]
     return found
 
@@ -221,6 +226,9 @@ def passes_of(row, kind):
         kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
         meta.update(dict(PART=part) if tall else dict(OUTPUT=True))
         found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
+        if tall and not reverse:  # the output under a decay over values, with its final state
+            meta.update(PART=0, FINAL=True, **dict.fromkeys(("p_e", "p_h", "p_dg")))
+            found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
     return found
 
 

@@ -245,6 +245,37 @@ def test_a_kernel_that_refuses(monkeypatch):
     assert_looped(fn, operands("bthk bthk bthv bthk", k=16, v=24), "no_kernel", "Tuesday")
 
 
+@pytest.mark.parametrize(
+    ("axes", "sizes", "kernel"),
+    [
+        ("bthv", {}, "chunk (Triton)"),
+        ("bthv", {"v": 257}, "chunk (matrix products)"),
+        ("bthv", {"k": 257}, "chunk (matrix products)"),
+        ("bthv bthk", {}, "chunk (matrix products)"),
+    ],
+    ids=["values", "wide", "many keys", "both"],
+)
+def test_what_runs_a_decay_over_values_on_cuda(monkeypatch, axes, sizes, kernel):
+    from fla_compile.passes import pipeline
+
+    for name in ("kernel_name", "supports"):
+        known = getattr(pipeline.decay_ops, name)
+        monkeypatch.setattr(pipeline.decay_ops, name, lambda own, _, *args, known=known: known(own, "cuda", *args))
+
+    def fn(q, k, v, w, g=None):
+        S, o = bare(q, v), torch.zeros_like(v)
+        for t in range(q.shape[1]):
+            S = S * w[:, t].sigmoid()[..., None, :]
+            if g is not None:
+                S = S * g[:, t].sigmoid()[..., None]
+            S = S + k[:, t][..., None] * v[:, t][..., None, :]
+            o[:, t] = torch.einsum("bhk,bhkv->bhv", q[:, t], S)
+        return o
+
+    report = assert_rewritten(fn, operands(f"bthk bthk bthv {axes}", **sizes), "gla")
+    assert [r.kernel for r in report.rewrites] == [kernel]
+
+
 def test_disabled():
     backend = Passes(Options(disable=("recurrence",)))
     args = operands("bthk bthk bthv bthk")
