@@ -24,7 +24,6 @@ from fla_compile.kernels.decay_layout import without_autocast
 from fla_compile.kernels.linear_loss_chunks import CPU_LOGITS
 from fla_compile.kernels.loss_ops import (
     REDUCTIONS,
-    check_differentiated_once,
     check_rows,
     check_targets,
     multiplied,
@@ -196,7 +195,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dloss: Tensor | None, *of_gradient: Tensor | None) -> tuple[Any, ...]:
-    check_differentiated_once("cross_entropy")
     grad: Tensor | None = None
     if dloss is not None and ctx.has_gradient:
         grad = multiplied(ctx.saved_tensors[0], dloss)

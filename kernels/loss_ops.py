@@ -142,7 +142,6 @@ def layer_gradients(
     ctx: Any, dloss: Tensor | None, op: str, again: Callable[..., tuple[Tensor, ...]]
 ) -> tuple[Tensor | None, ...]:
     """Those of x, weight and bias; `again(operands, wanted)` computes them where the forward could not."""
-    check_differentiated_once(op)
     if dloss is None:
         return None, None, None
     wanted = ctx.needs_input_grad[:3]
@@ -154,11 +153,6 @@ def layer_gradients(
         saved = zip(ctx.saved_tensors, wanted, strict=True)
         found = tuple(multiplied(grad, dloss) if wish else grad for grad, wish in saved)
     return tuple(g.to(d) if wish else None for g, d, wish in zip(found, ctx.dtypes, wanted, strict=True))
-
-
-def check_differentiated_once(op: str) -> None:
-    if torch.is_grad_enabled():  # a graph of the backward would hold gradients that came from no graph
-        raise RuntimeError(f"{op} cannot be differentiated twice: create_graph is not supported")
 
 
 def multiplied(saved: Tensor, factor: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 __all__ = ["operator", "register_autograd", "register_fake", "register_kernel"]
 
@@ -75,6 +77,13 @@ def register_fake(op: OpOverload) -> Callable[[Callable], Callable]:
     return register
 
 
+def refuse_tangents(args: Sequence[Any]) -> None:
+    """Raises NotImplementedError for operands that carry a derivative of forward mode, which a kernel would drop."""
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("forward-mode derivatives are not computed by fla_compile's operators")
+
+
 def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Callable) -> None:
     """Gradients: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`, as those of an autograd.Function."""
     kernels, below = _kernels[op], torch._C._after_autograd_keyset
@@ -95,12 +104,16 @@ def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Call
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():  # a graph of the backward would hold gradients that came from no graph
+                raise RuntimeError(f"{op._opname} cannot be differentiated twice: create_graph is not supported")
             return (*backward(ctx, *grads), None)
 
     # What `Function.apply` does but for transforms of torch.func, which it refuses.
     apply = super(torch.autograd.Function, Differentiable).apply
 
     def differentiate(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # type: ignore[attr-defined]
             if torch._C._are_functorch_transforms_active():
                 return Differentiable.apply(*args, keyset)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fla_compile import ops
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
 
 
@@ -113,3 +115,30 @@ def test_defaults_are_refused():
 
     with pytest.raises(ValueError, match="no defaults: test_defaults"):
         operator("test_defaults")(kernel)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ours(x, x, 3.0, None)[0],
+        lambda x: ops.norm_gate(x, x),
+        lambda x: ops.gla(*[x.view(1, 4, 1, 2)] * 4)[0],
+    ],
+    ids=["registered", "norm_gate", "gla"],
+)
+def test_second_derivatives_are_refused(call):
+    """The kernels of gradients know no gradients: torch would take their results for constants, with a warning."""
+    x = torch.randn(8, requires_grad=True)
+    (slope,) = torch.autograd.grad(call(x).sum(), x, retain_graph=True)
+    assert not slope.requires_grad
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(call(x).sum(), x, create_graph=True)
+
+
+def test_tangents_are_refused():
+    x = torch.randn(8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones(8))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            ops.norm_gate(dual, x)
+        assert ops.norm_gate(x, x).shape == x.shape
