@@ -165,7 +165,7 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
             if not args.dry_run:
-                save("decode", "cuda", "one step", rows, vars(args))
+                save("decode", "cuda", "one step, other tiles" if args.tiles else "one step", rows, vars(args))
         del states
     print(table(rows))
 

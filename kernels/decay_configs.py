@@ -119,8 +119,8 @@ STEPS: dict[tuple[int, int], StepConfig] = {
 MANY_STATES = 256
 WIDE_STEPS: dict[tuple[int, int], StepConfig] = {(90, 128): StepConfig(32, 4), (90, 256): StepConfig(32, 8)}
 
-# The architectures whose rows of STEPS passed `pytest -m gpu tests/kernels/test_decay_step_triton.py`. On these, and
-# on no other, the operators run the step kernel.
+# The architectures whose rows of both tables passed `pytest -m gpu tests/kernels/test_decay_step_triton.py`. On these,
+# and on no other, the operators run the step kernel.
 STEPS_CHECKED: tuple[int, ...] = (90,)
 
 

@@ -28,7 +28,7 @@ from fla_compile.kernels.decay_checks import (
 from fla_compile.kernels.decay_naive import retnet_gamma
 from fla_compile.kernels.decay_values import gla_values, gla_values_packed
 from fla_compile.kernels.operators import operator, register_autograd, register_fake, register_kernel
-from fla_compile.kernels.packed import check_packed, register_packed
+from fla_compile.kernels.packed import call_packed, check_packed, register_packed
 from fla_compile.kernels.rwkv6_ops import rwkv6
 
 __all__ = ["FAMILIES", "gla", "kernel_name", "linear_attention", "retention", "rwkv6", "simple_gla", "supports"]
@@ -250,7 +250,7 @@ def gla(
         check_gate("g", g, FAMILIES["gla"], q, v)
     check_gate("gv", gv, "BTHV", q, v)
     operands = q, k, v, g, gv, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
-    o, final = gla_values(*operands) if cu_seqlens is None else gla_values_packed(*operands, cu_seqlens)
+    o, final = gla_values(*operands) if cu_seqlens is None else call_packed(gla_values_packed, *operands, cu_seqlens)
     return o, final if output_final_state else None
 
 
@@ -269,5 +269,5 @@ def _run(
     if g is not None:
         check_gate("g", g, FAMILIES[family], q, v)
     operands = q, k, v, g, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
-    o, final = OPS[family](*operands) if cu_seqlens is None else PACKED[family](*operands, cu_seqlens)
+    o, final = OPS[family](*operands) if cu_seqlens is None else call_packed(PACKED[family], *operands, cu_seqlens)
     return o, final if output_final_state else None

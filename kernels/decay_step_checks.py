@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels.decay_checks import DTYPES, MOST_STEPS
+from fla_compile.kernels.operators import refuse_tangents
 
 __all__ = ["check_no_gradient", "check_rank", "check_steps"]
 
@@ -18,6 +19,7 @@ def check_rank(name: str, x: Tensor, rank: int) -> None:
 
 
 def check_no_gradient(**operands: Tensor | None) -> None:
+    refuse_tangents(operands.values())
     if torch.is_grad_enabled():
         for name, x in operands.items():
             if x is not None and x.requires_grad:

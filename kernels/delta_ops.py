@@ -21,7 +21,7 @@ from fla_compile.kernels.decay_checks import DTYPES, check_gate, state_dtype
 from fla_compile.kernels.delta_chunk import Gradients, Operands, chunk_backward, chunk_forward
 from fla_compile.kernels.delta_steps import grows, steps_backward, steps_forward, tame
 from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
-from fla_compile.kernels.packed import check_packed, register_packed
+from fla_compile.kernels.packed import call_packed, check_packed, register_packed
 
 __all__ = ["FAMILIES", "delta_rule", "dplr", "gated_delta_rule", "kda", "supports"]
 
@@ -278,7 +278,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     _check(family, {"q": q, "k": k, "v": v, **own}, check_packed("q", q, cu_seqlens, initial_state))
     operands = q, k, v, *own.values(), initial_state, q.shape[-1] ** -0.5 if scale is None else scale
-    o, final = OPS[family](*operands) if cu_seqlens is None else PACKED[family](*operands, cu_seqlens)
+    o, final = OPS[family](*operands) if cu_seqlens is None else call_packed(PACKED[family], *operands, cu_seqlens)
     return o, final if output_final_state else None
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
-from fla_compile.kernels.packed import check_packed, each_sequence, register_packed
+from fla_compile.kernels.packed import call_packed, check_packed, each_sequence, register_packed
 
 __all__ = ["linear_scan", "naive_linear_scan", "scan_into", "supports"]
 
@@ -347,7 +347,9 @@ def linear_scan(
     if reason is not None:
         raise ValueError(f"x: {reason}")
     operands = x, a, initial_state
-    h, final = linear_scan_op(*operands) if cu_seqlens is None else linear_scan_packed(*operands, cu_seqlens)
+    h, final = (
+        linear_scan_op(*operands) if cu_seqlens is None else call_packed(linear_scan_packed, *operands, cu_seqlens)
+    )
     return h, final if output_final_state else None
 
 

@@ -1,4 +1,4 @@
-"""Norm times gate, one Triton kernel forward and one backward.
+"""Norm times gate, one Triton kernel forward, one backward, and one that adds up the weights' gradients.
 
 A program holds BR rows of D elements whole, BD = D rounded up to a power of two, and every operand is read once. x and
 gate may be strided: row r of an operand lies at (r // count) * outer + (r % count) * inner, its elements side by side,

@@ -6,7 +6,7 @@ operands and results, which `opcheck` does in the tests. Where nothing but the k
 is called and not dispatched to. Operators that take or return lists are `custom_op`s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-__all__ = ["operator", "register_autograd", "register_fake", "register_kernel"]
+__all__ = ["operator", "refuse_tangents", "register_autograd", "register_fake", "register_kernel"]
 
 NAMESPACE = "fla_compile"
 DEVICES = ("cpu", "cuda")
@@ -77,8 +77,10 @@ def register_fake(op: OpOverload) -> Callable[[Callable], Callable]:
     return register
 
 
-def refuse_tangents(args: Sequence[Any]) -> None:
+def refuse_tangents(args: Iterable[Any]) -> None:
     """Raises NotImplementedError for operands that carry a derivative of forward mode, which a kernel would drop."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
     for x in args:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError("forward-mode derivatives are not computed by fla_compile's operators")
@@ -112,8 +114,7 @@ def register_autograd(op: OpOverload, backward: Callable, *, setup_context: Call
     apply = super(torch.autograd.Function, Differentiable).apply
 
     def differentiate(keyset: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            refuse_tangents(args)
+        refuse_tangents(args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):  # type: ignore[attr-defined]
             if torch._C._are_functorch_transforms_active():
                 return Differentiable.apply(*args, keyset)

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_packed", "each_sequence", "register_packed", "sequence_bounds"]
+from fla_compile.kernels.operators import refuse_tangents
+
+__all__ = ["call_packed", "check_packed", "each_sequence", "register_packed", "sequence_bounds"]
 
 # How an argument varies: with the steps, with the sequences, or not at all.
 STEPS, SEQUENCES, SHARED = "steps", "sequences", "shared"
@@ -218,6 +220,11 @@ def register_packed(
     packed_backward.register_fake(gradients_fake)
     packed.register_autograd(differentiate, setup_context=save)
     return packed
+
+
+def call_packed(packed: torch.library.CustomOpDef, *operands: Any) -> tuple[Tensor, Tensor]:
+    refuse_tangents(operands)
+    return packed(*operands)
 
 
 def _batches(cu_seqlens: Tensor, like: Tensor) -> Iterator[_Batch]:

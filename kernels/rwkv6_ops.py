@@ -25,7 +25,7 @@ from fla_compile.kernels.decay_checks import (
     steps_for,
 )
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
-from fla_compile.kernels.packed import check_packed, register_packed
+from fla_compile.kernels.packed import call_packed, check_packed, register_packed
 
 __all__ = ["rwkv6"]
 
@@ -163,5 +163,5 @@ def rwkv6(
     if u is not None:
         check_gate("u", u, "HK", q, v)
     operands = q, k, v, g, u, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
-    o, final = rwkv6_op(*operands) if cu_seqlens is None else rwkv6_packed(*operands, cu_seqlens)
+    o, final = rwkv6_op(*operands) if cu_seqlens is None else call_packed(rwkv6_packed, *operands, cu_seqlens)
     return o, final if output_final_state else None

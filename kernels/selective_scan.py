@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fla_compile.kernels.linear_scan import check_operand, scan_into, supports
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
-from fla_compile.kernels.packed import check_packed, each_sequence, register_packed
+from fla_compile.kernels.packed import call_packed, check_packed, each_sequence, register_packed
 
 __all__ = ["naive_selective_scan", "selective_scan", "supports"]
 
@@ -308,5 +308,9 @@ def selective_scan(
         raise ValueError(f"x: {reason}")
     wide = _wide(x.dtype)
     operands = dt.to(wide) * x.to(wide), dt, A, B, C, initial_state
-    y, final = selective_scan_op(*operands) if cu_seqlens is None else selective_scan_packed(*operands, cu_seqlens)
+    y, final = (
+        selective_scan_op(*operands)
+        if cu_seqlens is None
+        else call_packed(selective_scan_packed, *operands, cu_seqlens)
+    )
     return y.to(x.dtype), final if output_final_state else None

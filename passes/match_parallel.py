@@ -131,7 +131,7 @@ def recognise(gm: fx.GraphModule, region: Region, found: Found) -> Match | None:
             match.reads[node] = read
         except Refused as refused:
             closed |= contractions
-            if read is None or read.complete:  # a sum by a mask alone, as of layers or tokens, wants no kernel
+            if read is None or read.keyed:  # a sum by a mask alone, as of layers or tokens, wants no kernel
                 found.refusals.append(refused.record("parallel_attention", short_source(source_of(node))))
     return match if any(read.complete for read in match.reads.values()) else None
 

@@ -24,7 +24,7 @@ from fla_compile.kernels.linear_kl_div import linear_kl_div  # noqa: E402
 SIZES = [(2, None), (50, None), (300, 128), (128, 128)]  # V, and the block where it is not the rule's
 
 
-def check_rows(dtype, theirs, V, loss, biased, in_place, spread=3.0, block=None, device="cpu", n=4):
+def check_rows(dtype, theirs, V, loss, biased, in_place, spread=3.0, block=None, device="cpu", n=4, confident=False):
     """The kernel against the same in torch operations in float64, from products of one type."""
     generator = torch.Generator().manual_seed(V)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -46,6 +46,7 @@ def check_rows(dtype, theirs, V, loss, biased, in_place, spread=3.0, block=None,
     own = Side(out if in_place else a, sides[0].bias, sides[0].scale)
     before = kl_div_triton.block_of
     kl_div_triton.block_of = before if block is None else lambda V: (block, 4)
+    kl_div_triton._launches.clear()  # they know no block
     try:
         alone = kl_div_triton.triton_rows(own, sides[1], keep, None, loss, out=None)
         got = kl_div_triton.triton_rows(own, sides[1], keep, factor, loss, out=out)
@@ -54,11 +55,12 @@ def check_rows(dtype, theirs, V, loss, biased, in_place, spread=3.0, block=None,
     assert torch.equal(alone, got)
     tolerance = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     assert (got.double() - truth).abs().max() <= 3e-6 * (1.0 + truth.abs().max())
-    # A confident row's gradient is the difference of two numbers near one: torch's rows in float32 round it as much.
-    plain = torch.empty((n, V), dtype=torch.float32, device=device)
-    kl_div_rows.torch_rows(*sides, keep, factor, loss, out=plain)
-    rounding = (plain.double() - want).abs().max()
-    assert (out.double() - want).abs().max() <= max(tolerance * want.abs().max(), 4.0 * rounding)
+    allowed = tolerance * want.abs().max()
+    if confident:  # the gradient is the difference of two numbers near one: torch's rows in float32 round it as much
+        plain = torch.empty((n, V), dtype=torch.float32, device=device)
+        kl_div_rows.torch_rows(*sides, keep, factor, loss, out=plain)
+        allowed = max(allowed, 3.0 * (plain.double() - want).abs().max())
+    assert (out.double() - want).abs().max() <= allowed
     assert keep is None or out[::3].eq(0).all()
 
 
@@ -140,7 +142,8 @@ def test_compiles_all(arch, V, dtype, kind):
 def test_gpu_rows(V, kind, dtype):
     for biased in (False, True):
         for spread in (3.0, 30.0):
-            check_rows(dtype, dtype, V, Divergence(kind, 0.3), biased, biased, spread, device="cuda", n=37)
+            own = dict(device="cuda", n=37, confident=spread > 3.0)
+            check_rows(dtype, dtype, V, Divergence(kind, 0.3), biased, biased, spread, **own)
 
 
 GPU_CASES = [

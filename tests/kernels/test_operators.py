@@ -135,10 +135,20 @@ def test_second_derivatives_are_refused(call):
         torch.autograd.grad(call(x).sum(), x, create_graph=True)
 
 
-def test_tangents_are_refused():
-    x = torch.randn(8)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones(8))
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: ops.norm_gate(x, y),
+        lambda x, y: ops.gla(x, y, y, y, cu_seqlens=torch.tensor([0, 1, 4])),
+        lambda x, y: ops.delta_rule(x, y, y, y[..., 0], cu_seqlens=torch.tensor([0, 1, 4])),
+        lambda x, y: ops.gla_step(x, y, y, torch.zeros(1, 1, 2, 2), y),
+    ],
+    ids=["norm_gate", "packed gla", "packed delta_rule", "step"],
+)
+def test_tangents_are_refused(call):
+    x = torch.randn(1, 4, 1, 2)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(NotImplementedError, match="forward-mode"):
-            ops.norm_gate(dual, x)
-        assert ops.norm_gate(x, x).shape == x.shape
+            call(dual, x)
+        call(x, x)

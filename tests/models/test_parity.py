@@ -25,6 +25,8 @@ FLOOR = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 FEW, FLOOR_OF_FEW = 16, {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 # Where fla refuses: twice what the eager loop itself was seen to lose on an H100 (7.5e-2 in bf16, the embeddings).
 ALONE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+# Few numbers may cancel: Gated DeltaNet's A_log is 0.39 off in an eager bfloat16 loop on a CPU, 0.40 on an H100.
+ALONE_OF_FEW = {torch.float32: 1e-4, torch.bfloat16: 0.6}
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -98,8 +100,7 @@ def test_outputs_and_gradients_are_those_of_fla(case: Case) -> None:
                     (FLOOR_OF_FEW if few else FLOOR)[dtype],
                 )
                 if name not in reference:
-                    # Few numbers may cancel: Gated DeltaNet's A_log is 0.4 off in an eager bfloat16 loop on any device.
-                    assert error <= ALONE[dtype] or (few and dtype is torch.bfloat16), said
+                    assert error <= (ALONE_OF_FEW if few else ALONE)[dtype], said
                     measure = alone.setdefault((dtype, name), error)
                     assert error <= factor * measure + floor, f"{said}, eager {measure:.1e}"
                     continue

@@ -112,3 +112,12 @@ def test_a_running_sum_alone_wants_no_kernel(monkeypatch):
     torch.testing.assert_close(got, share.cumsum(0) - share[0])
     (report,) = backend.reports
     assert not report.rewrites and not report.refusals
+
+
+def test_a_normaliser_alone_that_no_kernel_takes_is_refused(monkeypatch):
+    monkeypatch.setattr(match_parallel, "supports", lambda *args: "not on a Tuesday")
+    q, k, _ = operands(BHTK)
+    backend = Passes()
+    torch.compile(lambda q, k: (q.exp() @ k.exp().mT).tril().sum(-1), backend=backend, fullgraph=True)(q, k)
+    (refusal,) = backend.report.refusals
+    assert (refusal.reason, refusal.detail) == ("no_kernel", "not on a Tuesday")
