@@ -4,10 +4,8 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
+from interpreted import interpreted  # noqa: E402
 from linear_loss_cases import CASES, Case, check_results, make_operands, options, results  # noqa: E402
 
 from fla_compile.kernels import cross_entropy as over_logits  # noqa: E402
@@ -105,12 +104,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 2 * 3 * 5 + 2 + len(OVER_LOGITS)
+    assert interpreted(__file__) == 2 * 3 * 5 + 2 + len(OVER_LOGITS)
 
 
 def compile_kernel(kernel, arch, dtype, constants, warps):

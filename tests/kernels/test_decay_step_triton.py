@@ -4,11 +4,7 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from decay_cases import SCALE  # noqa: E402
 from decay_step_cases import DECAYS, FAMILIES, GROUPED, Case, check, make_operands, run  # noqa: E402
+from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
 
 from fla_compile import ops  # noqa: E402
@@ -123,12 +120,7 @@ def layouts(device: str, config: StepConfig | None = None) -> None:
 
 
 def test_interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 4 * len(FAMILIES) + 3 * len(SHARING) + len(DECAYS) + 2 + 1
+    assert interpreted(__file__) == 4 * len(FAMILIES) + 3 * len(SHARING) + len(DECAYS) + 2 + 1
 
 
 class Recorder:

@@ -4,11 +4,6 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,6 +11,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
+from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
 from range_cases import check_where_finite  # noqa: E402
 
@@ -127,12 +123,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 7 * len(FAMILIES) + 20
+    assert interpreted(__file__) == 7 * len(FAMILIES) + 20
 
 
 def test_every_size_has_a_split_row():

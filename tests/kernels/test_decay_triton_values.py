@@ -4,17 +4,13 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 as for `test_decay_triton`, which also compiles ahead of time what is launched here.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
 from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results, results  # noqa: E402
+from interpreted import interpreted  # noqa: E402
 from range_cases import check_where_finite  # noqa: E402
 from range_cases import log_decay as extreme_decay  # noqa: E402
 from test_decay_triton import check_results, on_gpu  # noqa: E402
@@ -130,12 +126,7 @@ def views() -> None:
 
 
 def test_interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 9
+    assert interpreted(__file__) == 9
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,12 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
+from interpreted import interpreted  # noqa: E402
 from linear_kl_cases import CASES, KINDS, Case, check_results, make_operands, options, results  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
 
@@ -78,12 +74,7 @@ def interpret() -> None:
 
 @pytest.mark.slow
 def test_interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 2 * 4 * 4 + 4
+    assert interpreted(__file__) == 2 * 4 * 4 + 4
 
 
 def compile_kernel(arch, dtype, constants, warps):

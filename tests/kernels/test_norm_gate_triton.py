@@ -5,10 +5,6 @@ since Triton decides at import whether it interprets.
 """
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
 from budget import check_budget  # noqa: E402
+from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
 from norm_gate_cases import CASES, Case, make_inputs, naive_results, results  # noqa: E402
 
@@ -60,12 +57,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == 2 * len(CASES)
+    assert interpreted(__file__) == 2 * len(CASES)
 
 
 def test_every_width_has_a_row():

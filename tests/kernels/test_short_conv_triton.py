@@ -4,10 +4,8 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
 from budget import check_budget  # noqa: E402
+from interpreted import interpreted  # noqa: E402
 from short_conv_cases import Case, make_gradients, make_operands, truth_and_eager  # noqa: E402
 
 from fla_compile.kernels import short_conv_kernels, short_conv_triton  # noqa: E402
@@ -91,12 +90,7 @@ def step_on(device: str) -> None:
 
 
 def test_interpreted():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(path)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout.count("ok ") == len(CASES) + len(NARROW) + 2
+    assert interpreted(__file__) == len(CASES) + len(NARROW) + 2
 
 
 def test_every_width_has_a_row():
