@@ -28,7 +28,7 @@ from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     KINDS,
     NO_DECAY,
-    Launch,
+    SplitPlan,
     as_decay,
     check_shapes,
     chunk_program,
@@ -124,7 +124,7 @@ def chunk_forward(
 
 
 def launch_outputs(
-    plan: Launch,
+    plan: SplitPlan,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -20,7 +20,7 @@ from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     KINDS,
     NO_DECAY,
-    Launch,
+    SplitPlan,
     as_decay,
     check_shapes,
     chunk_program,
@@ -165,7 +165,7 @@ def chunk_backward(
 
 
 def launch_gradients(
-    plan: Launch,
+    plan: SplitPlan,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

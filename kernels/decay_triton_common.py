@@ -191,7 +191,7 @@ def chunk_key_scores_kernel(
 
 
 @dataclass(frozen=True)
-class Launch:
+class SplitPlan:
     """What the launchers derive from the arguments once."""
 
     B: int
@@ -251,7 +251,7 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Ten
     return kind
 
 
-def plan_launch(q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None) -> Launch:
+def plan_launch(q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None) -> SplitPlan:
     """The split launch of checked arguments, with the table's configuration unless one is given."""
     B, T, H, K = q.shape
     V = v.shape[-1]
@@ -261,7 +261,9 @@ def plan_launch(q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | No
         if not configs:
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
         config = configs[0]
-    return Launch(B, T, H, K, V, kind, config, pad_block(K, config.block_k), pad_block(V, config.block_v), precision(q))
+    return SplitPlan(
+        B, T, H, K, V, kind, config, pad_block(K, config.block_k), pad_block(V, config.block_v), precision(q)
+    )
 
 
 def precision(q: torch.Tensor) -> str:
@@ -290,7 +292,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch_states(
-    plan: Launch, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, h0: torch.Tensor | None, *, final: bool
+    plan: SplitPlan, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, h0: torch.Tensor | None, *, final: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """States before each chunk [B*H, chunks, K, V] in k's dtype, and, if asked for, the last one in float32."""
     B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
@@ -304,7 +306,7 @@ def launch_states(
     return h, ht
 
 
-def launch_key_scores(plan: Launch, q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def launch_key_scores(plan: SplitPlan, q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """Scores [B, T, H, C] of each row with the rows of its chunk, in q's dtype."""
     C = plan.config.chunk
     a = torch.empty(plan.B, plan.T, plan.H, C, dtype=q.dtype, device=q.device)

@@ -27,7 +27,7 @@ from fla_compile.kernels.decay_triton_common import (
     KINDS,
     NO_DECAY,
     SUB,
-    Launch,
+    SplitPlan,
     as_decay,
     chunk_program,
     load_columns,
@@ -235,7 +235,7 @@ def chunk_key_grad_kernel(
 
 
 def launch_query_key_grads(
-    plan: Launch,
+    plan: SplitPlan,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -249,7 +249,9 @@ def launch_query_key_grads(
 ) -> torch.Tensor | None:
     """Fills dq and dk and returns dg."""
     if g is not None and plan.kind == "vector":
-        return _launch_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale)
+        dqs, dks, dgs, dg = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(4))
+        _launch_vector(plan, q, k, v, g, do, h, dh, (dqs, dks, dgs), (dq, dk, dg), scale)
+        return dg
     B, T, H = plan.B, plan.T, plan.H
     shares = None if g is None else torch.empty(plan.key_blocks, B, T, H, dtype=torch.float32, device=q.device)
     chunk_query_key_grad_kernel[(B * H * plan.chunks * plan.key_blocks,)](
@@ -263,27 +265,8 @@ def launch_query_key_grads(
     return dg.sum((0, 1)) if plan.kind == "constant" else dg
 
 
-def _launch_key_grads(
-    plan: Launch,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    do: torch.Tensor,
-    h: torch.Tensor,
-    dh: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Fills dq and dk and returns dg, under a decay over keys."""
-    dqs, dks, dgs, dg = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(4))
-    _launch_vector(plan, q, k, v, g, do, h, dh, (dqs, dks, dgs), (dq, dk, dg), scale, dq_only=False)
-    return dg
-
-
 def launch_query_grads(
-    plan: Launch,
+    plan: SplitPlan,
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
@@ -294,12 +277,12 @@ def launch_query_grads(
     """dq alone, under a decay over keys."""
     dq, dqs = torch.empty_like(k), torch.empty(k.shape, dtype=torch.float32, device=k.device)
     # the queries and dh reach only what is not stored
-    _launch_vector(plan, k, k, v, g, do, h, h, (dqs, None, None), (dq, None, None), scale, dq_only=True)
+    _launch_vector(plan, k, k, v, g, do, h, h, (dqs, None, None), (dq, None, None), scale)
     return dq
 
 
 def _launch_vector(
-    plan: Launch,
+    plan: SplitPlan,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -310,16 +293,14 @@ def _launch_vector(
     through: tuple[torch.Tensor | None, ...],
     results: tuple[torch.Tensor | None, ...],
     scale: float,
-    *,
-    dq_only: bool,
 ) -> None:
-    """Fills (dq, dk, dg), and on the way their terms that go through the states."""
+    """Fills (dq, dk, dg), or dq alone where the others are None, and first what of them goes through the states."""
     B, T, H, K, V, C = plan.B, plan.T, plan.H, plan.K, plan.V, plan.config.chunk
     per_chunk = B * H * plan.chunks
     meta = dict(C=C, PRECISION=plan.precision, **plan.options)
     p = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
     chunk_value_scores_kernel[(per_chunk,)](do, v, p, T, H, V=V, BV=plan.block_v, **meta)
-    meta.update(DQ_ONLY=dq_only)
+    meta.update(DQ_ONLY=results[1] is None)
     chunk_query_key_grad_kernel[(per_chunk * plan.key_blocks,)](
         q, k, v, g, do, h, dh, *through, scale, T, H, 0,
         K=K, V=V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS["vector"], **meta,
