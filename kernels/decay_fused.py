@@ -33,7 +33,7 @@ from fla_compile.kernels.decay_triton_common import (
     precision,
     shared_limit,
 )
-from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 
 __all__ = ["Scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
 
@@ -215,6 +215,7 @@ def _chain(
     return u
 
 
+@compiled_together
 def scan_forward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -243,6 +244,7 @@ def scan_query_grad(
     return dq, ht
 
 
+@compiled_together
 def scan_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
     dht: Tensor | None, *, need_dg: bool, o: Tensor | None = None,

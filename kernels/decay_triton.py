@@ -26,13 +26,13 @@ from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_forward
 from fla_compile.kernels.decay_triton_bwd import chunk_backward
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
-    KINDS,
     NO_DECAY,
     SplitPlan,
     as_decay,
     check_shapes,
     chunk_program,
     launch_key_scores,
+    launch_split,
     launch_states,
     load_columns,
     load_rows,
@@ -40,6 +40,7 @@ from fla_compile.kernels.decay_triton_common import (
     row_decay,
     store_rows,
 )
+from fla_compile.kernels.launch import compiled_together
 
 __all__ = ["chunk_backward", "chunk_forward", "launch_outputs"]
 
@@ -116,11 +117,23 @@ def chunk_forward(
             scans = plan_scans(q, v, kind)
         if scans is not None:
             return scan_forward(scans, q, k, v, g, h0, scale)
-        plan = plan_launch(q, v, kind, config)
-        a = launch_key_scores(plan, q, k, g) if g is not None and kind == "vector" else None
-        h, ht = launch_states(plan, k, v, g, h0, final=True)
-        assert ht is not None
-        return launch_outputs(plan, q, k, v, g, a, h, scale), ht
+        return _launch_all(plan_launch(q, v, kind, config), q, k, v, g, h0, scale)
+
+
+@compiled_together
+def _launch_all(
+    plan: SplitPlan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    h0: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    a = launch_key_scores(plan, q, k, g) if g is not None and plan.kind == "vector" else None
+    h, ht = launch_states(plan, k, v, g, h0, final=True)
+    assert ht is not None
+    return launch_outputs(plan, q, k, v, g, a, h, scale), ht
 
 
 def launch_outputs(
@@ -135,9 +148,6 @@ def launch_outputs(
 ) -> torch.Tensor:
     """Outputs [B, T, H, V] of the split launch, from its scores and states."""
     o = torch.empty_like(v)
-    chunk_output_kernel[(plan.B * plan.H * plan.chunks * plan.value_blocks,)](
-        q, k, v, g, a, h, o, scale, plan.T, plan.H,
-        K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
-        DECAY=KINDS[plan.kind], PRECISION=plan.precision, **plan.options,
-    )  # fmt: skip
+    programs = plan.B * plan.H * plan.chunks * plan.value_blocks
+    launch_split(plan, chunk_output_kernel, programs, q, k, v, g, a, h, o, float(scale))
     return o

@@ -18,13 +18,13 @@ from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
-    KINDS,
     NO_DECAY,
     SplitPlan,
     as_decay,
     check_shapes,
     chunk_program,
     launch_key_scores,
+    launch_split,
     launch_states,
     load_columns,
     load_rows,
@@ -33,7 +33,8 @@ from fla_compile.kernels.decay_triton_common import (
     store_rows,
     sweep_program,
 )
-from fla_compile.kernels.decay_triton_grads import launch_query_key_grads
+from fla_compile.kernels.decay_triton_grads import launch_query_key_grads, sum_shares
+from fla_compile.kernels.launch import compiled_together
 
 __all__ = ["chunk_backward", "launch_gradients"]
 
@@ -158,10 +159,27 @@ def chunk_backward(
         if scans is not None:
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
         plan = plan_launch(q, v, kind, config)
-        h, _ = launch_states(plan, k, v, g, h0, final=False)
-        a = launch_key_scores(plan, q, k, g) if g is not None and kind == "vector" else None
         dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
-        return *launch_gradients(plan, q, k, v, g, a, h, scale, do, dht, dh0), dh0
+        dq, dk, dv, dg = _launch_all(plan, q, k, v, g, h0, scale, do, dht, dh0)
+        return dq, dk, dv, sum_shares(plan, dg), dh0
+
+
+@compiled_together
+def _launch_all(
+    plan: SplitPlan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    h0: torch.Tensor | None,
+    scale: float,
+    do: torch.Tensor,
+    dht: torch.Tensor | None,
+    dh0: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    h, _ = launch_states(plan, k, v, g, h0, final=False)
+    a = launch_key_scores(plan, q, k, g) if g is not None and plan.kind == "vector" else None
+    return launch_gradients(plan, q, k, v, g, a, h, scale, do, dht, dh0)
 
 
 def launch_gradients(
@@ -177,15 +195,12 @@ def launch_gradients(
     dht: torch.Tensor | None,
     dh0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients (dq, dk, dv, dg) of the split launch, from its scores and states; fills dh0."""
-    T, H = plan.T, plan.H
+    """Gradients (dq, dk, dv, and dg for `sum_shares`) of the split launch, from its scores and states; fills dh0."""
     dq, dk, dv, dh = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(h)
-    meta = dict(C=plan.config.chunk, PRECISION=plan.precision, **plan.options)
-    blocks = dict(K=plan.K, V=plan.V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[plan.kind])
-    chunk_state_grad_kernel[(plan.B * H * plan.key_blocks * plan.value_blocks,)](
-        q, do, g, dht, dh, dh0, scale, T, H, HAS_DHT=dht is not None, STORE_DH0=dh0 is not None, **blocks, **meta
-    )
-    chunk_value_grad_kernel[(plan.B * H * plan.chunks * plan.value_blocks,)](
-        q, k, g, a, do, dh, dv, scale, T, H, **blocks, **meta
-    )
+    per_value = plan.B * plan.H * plan.value_blocks
+    launch_split(
+        plan, chunk_state_grad_kernel, per_value * plan.key_blocks, q, do, g, dht, dh, dh0, float(scale),
+        HAS_DHT=dht is not None, STORE_DH0=dh0 is not None,
+    )  # fmt: skip
+    launch_split(plan, chunk_value_grad_kernel, per_value * plan.chunks, q, k, g, a, do, dh, dv, float(scale))
     return dq, dk, dv, launch_query_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config, configs_for
+from fla_compile.kernels.launch import Launch, layout, remember
 
 NO_DECAY = tl.constexpr(0)
 CONSTANT_DECAY = tl.constexpr(1)
@@ -291,18 +292,43 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+_launches: dict[tuple[Any, ...], Launch] = {}
+
+
+def launch_split(
+    plan: SplitPlan,
+    kernel: Any,
+    programs: int,
+    x: torch.Tensor,
+    *others: torch.Tensor | float | None,
+    **numbers: Any,
+) -> None:
+    """One kernel of the split launch: its tensors and scale in order, and those of its numbers that no plan tells."""
+    first = (x, *others)
+    layouts = (layout(y) for y in first if not isinstance(y, float))
+    key = (kernel.fn, plan, programs, *numbers.values(), *layouts)
+    launch = _launches.get(key)
+    if launch is None:
+        known: dict[str, Any] = dict(
+            T=plan.T, H=plan.H, K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
+            DECAY=KINDS[plan.kind], PRECISION=plan.precision,
+        )  # fmt: skip
+        known |= numbers
+        ordered = tuple(known[name] for name in kernel.arg_names[len(first) :])
+        launch = Launch(kernel, x.device, (programs,), ordered, **plan.options)
+        remember(_launches, key, launch)
+    launch(*first)
+
+
 def launch_states(
     plan: SplitPlan, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, h0: torch.Tensor | None, *, final: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """States before each chunk [B*H, chunks, K, V] in k's dtype, and, if asked for, the last one in float32."""
-    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
+    B, H, K, V = plan.B, plan.H, plan.K, plan.V
     h = torch.empty(B * H, plan.chunks, K, V, dtype=k.dtype, device=k.device)
     ht = torch.empty(B, H, K, V, dtype=torch.float32, device=k.device) if final else None
-    chunk_state_kernel[(B * H * plan.key_blocks * plan.value_blocks,)](
-        k, v, g, h0, h, ht, T, H,
-        K=K, V=V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[plan.kind],
-        HAS_H0=h0 is not None, STORE_HT=final, PRECISION=plan.precision, **plan.options,
-    )  # fmt: skip
+    programs = B * H * plan.key_blocks * plan.value_blocks
+    launch_split(plan, chunk_state_kernel, programs, k, v, g, h0, h, ht, HAS_H0=h0 is not None, STORE_HT=final)
     return h, ht
 
 
@@ -310,8 +336,6 @@ def launch_key_scores(plan: SplitPlan, q: torch.Tensor, k: torch.Tensor, g: torc
     """Scores [B, T, H, C] of each row with the rows of its chunk, in q's dtype."""
     C = plan.config.chunk
     a = torch.empty(plan.B, plan.T, plan.H, C, dtype=q.dtype, device=q.device)
-    chunk_key_scores_kernel[(plan.B * plan.H * plan.chunks * (C // SUB.value),)](
-        q, k, g, a, plan.T, plan.H,
-        K=plan.K, C=C, BK=min(plan.block_k, 32), PRECISION=plan.precision, **plan.options,
-    )  # fmt: skip
+    programs = plan.B * plan.H * plan.chunks * (C // SUB.value)
+    launch_split(plan, chunk_key_scores_kernel, programs, q, k, g, a, BK=min(plan.block_k, 32))
     return a

@@ -24,12 +24,12 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
-    KINDS,
     NO_DECAY,
     SUB,
     SplitPlan,
     as_decay,
     chunk_program,
+    launch_split,
     load_columns,
     load_rows,
     row_decay,
@@ -247,21 +247,24 @@ def launch_query_key_grads(
     dk: torch.Tensor,
     scale: float,
 ) -> torch.Tensor | None:
-    """Fills dq and dk and returns dg."""
+    """Fills dq and dk and returns dg, or, of one decay per row, what `sum_shares` makes it of."""
     if g is not None and plan.kind == "vector":
         dqs, dks, dgs, dg = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(4))
         _launch_vector(plan, q, k, v, g, do, h, dh, (dqs, dks, dgs), (dq, dk, dg), scale)
         return dg
     B, T, H = plan.B, plan.T, plan.H
     shares = None if g is None else torch.empty(plan.key_blocks, B, T, H, dtype=torch.float32, device=q.device)
-    chunk_query_key_grad_kernel[(B * H * plan.chunks * plan.key_blocks,)](
-        q, k, v, g, do, h, dh, dq, dk, shares, scale, T, H, B * T * H,
-        K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
-        DECAY=KINDS[plan.kind], DQ_ONLY=False, PRECISION=plan.precision, **plan.options,
-    )  # fmt: skip
-    if shares is None:
-        return None
-    dg = shares[0] if plan.key_blocks == 1 else shares.sum(0)
+    programs = B * H * plan.chunks * plan.key_blocks
+    operands = q, k, v, g, do, h, dh, dq, dk, shares, float(scale)
+    launch_split(plan, chunk_query_key_grad_kernel, programs, *operands, s_dg=B * T * H, DQ_ONLY=False)
+    return shares
+
+
+def sum_shares(plan: SplitPlan, dg: torch.Tensor | None) -> torch.Tensor | None:
+    """dg, of what `launch_query_key_grads` returns."""
+    if dg is None or plan.kind == "vector":
+        return dg
+    dg = dg[0] if plan.key_blocks == 1 else dg.sum(0)
     return dg.sum((0, 1)) if plan.kind == "constant" else dg
 
 
@@ -295,16 +298,11 @@ def _launch_vector(
     scale: float,
 ) -> None:
     """Fills (dq, dk, dg), or dq alone where the others are None, and first what of them goes through the states."""
-    B, T, H, K, V, C = plan.B, plan.T, plan.H, plan.K, plan.V, plan.config.chunk
-    per_chunk = B * H * plan.chunks
-    meta = dict(C=C, PRECISION=plan.precision, **plan.options)
+    B, T, H, C = plan.B, plan.T, plan.H, plan.config.chunk
+    per_chunk, only = B * H * plan.chunks, results[1] is None
     p = torch.empty(B, T, H, C, dtype=q.dtype, device=q.device)
-    chunk_value_scores_kernel[(per_chunk,)](do, v, p, T, H, V=V, BV=plan.block_v, **meta)
-    meta.update(DQ_ONLY=results[1] is None)
-    chunk_query_key_grad_kernel[(per_chunk * plan.key_blocks,)](
-        q, k, v, g, do, h, dh, *through, scale, T, H, 0,
-        K=K, V=V, BK=plan.block_k, BV=plan.block_v, DECAY=KINDS["vector"], **meta,
-    )  # fmt: skip
-    chunk_key_grad_kernel[(per_chunk * plan.key_blocks,)](
-        q, k, g, p, *through, *results, scale, T, H, K=K, BK=plan.block_k, **meta
-    )
+    launch_split(plan, chunk_value_scores_kernel, per_chunk, do, v, p)
+    operands = q, k, v, g, do, h, dh, *through, float(scale)
+    launch_split(plan, chunk_query_key_grad_kernel, per_chunk * plan.key_blocks, *operands, s_dg=0, DQ_ONLY=only)
+    operands = q, k, g, p, *through, *results, float(scale)
+    launch_split(plan, chunk_key_grad_kernel, per_chunk * plan.key_blocks, *operands, DQ_ONLY=only)

@@ -5,20 +5,31 @@ A launcher keeps a plan for each key: all that a compiled kernel, its grid and i
 whatever else it was called with. Triton compiles one way for numbers equal to 1 and another for those divisible by 16:
 equal keys mean equal numbers, so what it compiled at a key's first launch is right for all that follow. No key or plan
 holds a tensor.
+
+What a call compiles first is most of its time: a launcher that is `compiled_together` has all its kernels compiled side
+by side before the first of them runs.
 """
 
-from collections.abc import Hashable
-from typing import Any, TypeVar
+import functools
+import os
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime import _async_compile
 
-__all__ = ["MOST_PLANS", "Launch", "layout", "remember"]
+__all__ = ["MOST_PLANS", "Launch", "compiled_together", "layout", "remember"]
 
 # Plans of a launcher: a server has a few shapes a batch size.
 MOST_PLANS = 4096
 
 Plan = TypeVar("Plan")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 
 def layout(x: Tensor | None) -> tuple[Any, ...] | None:
@@ -52,7 +63,11 @@ class Launch:
         self.run: Any = None
 
     def __call__(self, *first: Tensor | float | None) -> None:
-        """Runs on the device's current stream."""
+        """Runs on the device's current stream, inside `compiled_together` at the latest at its end."""
+        waiting = _waiting.launches
+        if waiting is not None and (waiting or self.run is None):
+            waiting.append((self, first))
+            return
         with torch.cuda.device(self.device):
             if self.run is not None:
                 self.run(*first, *self.numbers)
@@ -60,3 +75,47 @@ class Launch:
             compiled = self.kernel[self.grid](*first, *self.numbers, **self.options)
             if compiled is not None:
                 self.run = compiled[self.grid]
+
+    def compile(self, *first: Tensor | float | None) -> None:
+        with torch.cuda.device(self.device):
+            self.kernel.warmup(*first, *self.numbers, grid=self.grid, **self.options)
+
+
+class _Waiting(threading.local):
+    launches: list[tuple[Launch, tuple[Tensor | float | None, ...]]] | None = None
+
+
+_waiting = _Waiting()
+
+
+def compiled_together(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`launcher`; where it meets a kernel that is not compiled, that and all later launches wait for its end.
+
+    It must not read, by torch operations or on the host, what a launch of its own writes.
+    """
+
+    @functools.wraps(launcher)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if _waiting.launches is not None:
+            return launcher(*args, **kwargs)
+        _waiting.launches = launches = []
+        try:
+            result = launcher(*args, **kwargs)
+        finally:
+            _waiting.launches = None
+        if launches:
+            _run(launches)
+        return result
+
+    return run
+
+
+def _run(launches: list[tuple[Launch, tuple[Tensor | float | None, ...]]]) -> None:
+    new = {launch: first for launch, first in launches if launch.run is None}
+    # Triton has one such mode at a time, and a caller's serves as well
+    if len(new) > 1 and _async_compile.active_mode.get() is None:
+        with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+            for launch, first in new.items():
+                launch.compile(*first)
+    for launch, first in launches:
+        launch(*first)

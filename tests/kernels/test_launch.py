@@ -1,6 +1,8 @@
 """Launches by layout: what Triton compiled is launched again with the same arguments, and only where it fits."""
 
 import gc
+import os
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from norm_gate_cases import Case, make_inputs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from fla_compile.kernels import launch, norm_gate_triton  # noqa: E402
-from fla_compile.kernels.launch import Launch, layout, remember  # noqa: E402
+from fla_compile.kernels.launch import Launch, compiled_together, layout, remember  # noqa: E402
 from fla_compile.kernels.norm_gate_configs import Config  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -32,6 +34,9 @@ class Recorder:
             return self.compiled
 
         return run
+
+    def warmup(self, *args, grid, **options):
+        self.calls.append(("compile", args, options))
 
 
 def test_the_second_launch_is_of_what_the_first_compiled():
@@ -69,6 +74,41 @@ def test_layouts():
     assert layout(None) is None and layout(a) == layout(x[32:].view(4, 8)) and hash(layout(a)) is not None
     others = x[1:33].view(4, 8), a.mT, a[:, :7], x[:32].view(8, 4), a.double(), a.to("meta")
     assert len({layout(y) for y in (a, *others)}) == 7
+
+
+def test_what_is_not_compiled_waits_for_the_end():
+    names, order = "abc", []
+    kernels = {name: Recorder(Recorder()) for name in names}
+    for kernel in kernels.values():
+        kernel.calls = order
+        kernel.compiled.calls = order
+    runs = {name: Launch(kernel, CPU, (1,), (name,), num_warps=1) for name, kernel in kernels.items()}
+
+    @compiled_together
+    def inner(last):
+        runs[last]()
+
+    @compiled_together
+    def launcher(last, fails=False):
+        for name in "aba":
+            runs[name]()
+        inner(last)
+        if fails:
+            raise ValueError("before anything ran")
+        return len(order)
+
+    runs["a"]()
+    order.clear()
+    with pytest.raises(ValueError, match="before"):
+        launcher("c", fails=True)
+    assert [args for _, args, _ in order] == [("a",)]
+    order.clear()
+    assert launcher("c") == 1  # what is compiled runs at once, in its place; nothing overtakes
+    compiled = [args[0] for what, args, _ in order if what == "compile"]
+    assert sorted(compiled) == ["b", "c"] and [args[0] for what, args, _ in order if what != "compile"] == list("abac")
+    order.clear()
+    assert launcher("c") == 4
+    assert [(what, args) for what, args, _ in order] == [((1, 1, 1), (name,)) for name in "abac"]
 
 
 NAMES = "norm_gate_forward_kernel", "norm_gate_backward_kernel", "sum_parts_kernel"
@@ -197,3 +237,33 @@ def test_as_triton_launches(monkeypatch):
     one, two, three, four = ([warps, *args[:4], *args[9:]] for warps, args in fake.launches)
     assert one == [2, 3, 1, 1, 0, x, None, z, 0.5, 16, 1, 32, 16, False]
     assert one == two == four and three[8] == 2.0 and three[:8] + three[9:] == one[:8] + one[9:]
+
+
+def test_kernels_compile_side_by_side(monkeypatch, tmp_path):
+    """Triton compiles both in threads, and the driver gets what it gets of launches one by one."""
+    fake = Driver()
+    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
+        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    threads, begin = set(), threading.Barrier(2, timeout=60)
+    compile_kernel = example_kernel.compile
+
+    def noted(*args, **kwargs):
+        threads.add(threading.current_thread().name)
+        begin.wait()
+        return compile_kernel(*args, **kwargs)
+
+    monkeypatch.setattr(example_kernel, "compile", noted)
+    x, z = torch.zeros(16), torch.zeros(16)
+    runs = [Launch(example_kernel, CPU, (3,), (16, 1, many, 16, False), num_warps=4) for many in (32, 7)]
+
+    @compiled_together
+    def launcher():
+        for run in runs:
+            run(x, None, z, 0.5)
+
+    launcher()
+    launcher()
+    assert len(threads) == 2 and threading.main_thread().name not in threads
+    assert [args[15] for _, args in fake.launches] == [32, 7, 32, 7]
