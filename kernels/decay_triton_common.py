@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch import Launch, remember
 
 NO_DECAY = tl.constexpr(0)
 CONSTANT_DECAY = tl.constexpr(1)
@@ -303,10 +303,13 @@ def launch_split(
     *others: torch.Tensor | float | None,
     **numbers: Any,
 ) -> None:
-    """One kernel of the split launch: its tensors and scale in order, and those of its numbers that no plan tells."""
+    """One kernel of the split launch: its tensors and scale in order, and those of its numbers that no plan tells.
+
+    All tensors are contiguous, and the plan tells their shapes.
+    """
     first = (x, *others)
-    layouts = (layout(y) for y in first if not isinstance(y, float))
-    key = (kernel.fn, plan, programs, *numbers.values(), *layouts)
+    aligned = (y if y is None else (y.dtype, y.data_ptr() % 16) for y in first if not isinstance(y, float))
+    key = (kernel.fn, plan, programs, x.device, *numbers.values(), *aligned)
     launch = _launches.get(key)
     if launch is None:
         known: dict[str, Any] = dict(
