@@ -10,9 +10,10 @@ sequence of up to 131072; `sizes`, few to many heads of 64 to 256 elements and 2
 holds 2^30 elements; `tiny`, for a CPU. Operands are bfloat16 (float32 on a CPU), gates float32.
 
 "ms" are medians of `triton.testing.do_bench`, launches from Python included; "graph ms" is the forward in a CUDA graph,
-kernels alone. "floor" is the bytes that must move once (inputs read, outputs written; backward reads the inputs and the
-output's gradient and writes the inputs' gradients) at 3.0 TB/s, an H100's measured copy. "over inputs" is the most
-memory that forward and backward take beside the operands and their gradients. "first s" compiles; fla's autotunes too.
+kernels alone, "kernels ms" what forward and backward take on the GPU without the launches it may wait for. "floor" is
+the bytes that must move once (inputs read, outputs written; backward reads the inputs and the output's gradient and
+writes the inputs' gradients) at 3.0 TB/s, an H100's measured copy. "over inputs" is the most memory that forward and
+backward take beside the operands and their gradients. "first s" compiles; fla's autotunes too.
 
 The file is written after each measurement. --resume keeps what it holds of the same device, versions and commit.
 """
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import ROOT, environment, save, table
-from timing import floors, milliseconds, peer
+from timing import floors, kernel_milliseconds, milliseconds, peer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -116,6 +117,7 @@ def measure(f: Callable, inputs: Sequence[Tensor], device: str) -> dict[str, Any
         if cuda:
             from triton.testing import do_bench_cudagraph
 
+            results["kernels ms"] = kernel_milliseconds(both)
             with torch.no_grad():
                 results["fwd graph ms"] = float(do_bench_cudagraph(lambda: f(*inputs), return_mode="median"))
     except Exception as error:  # a peer's refusal is a result
@@ -162,7 +164,7 @@ def beside(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 line[f"{part} / floor"] = line[part] / row[f"floor {part}"]
                 if f"{part} ms" in theirs:
                     line[f"{part}: fla / ours"] = theirs[f"{part} ms"] / line[part]
-        line["GiB"] = row.get("over inputs GiB")
+        line |= {"kernels": row.get("kernels ms"), "GiB": row.get("over inputs GiB")}
         line["error"] = row.get("error") or (f"fla: {theirs['error']}" if "error" in theirs else None)
         found.append(line)
     return found

@@ -205,6 +205,7 @@ class SplitPlan:
     block_k: int
     block_v: int
     precision: str
+    device: torch.device
 
     @property
     def chunks(self) -> int:
@@ -262,9 +263,8 @@ def plan_launch(q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | No
         if not configs:
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
         config = configs[0]
-    return SplitPlan(
-        B, T, H, K, V, kind, config, pad_block(K, config.block_k), pad_block(V, config.block_v), precision(q)
-    )
+    blocks = pad_block(K, config.block_k), pad_block(V, config.block_v)
+    return SplitPlan(B, T, H, K, V, kind, config, *blocks, precision(q), q.device)
 
 
 def precision(q: torch.Tensor) -> str:
@@ -296,20 +296,14 @@ _launches: dict[tuple[Any, ...], Launch] = {}
 
 
 def launch_split(
-    plan: SplitPlan,
-    kernel: Any,
-    programs: int,
-    x: torch.Tensor,
-    *others: torch.Tensor | float | None,
-    **numbers: Any,
+    plan: SplitPlan, kernel: Any, programs: int, *first: torch.Tensor | float | None, **numbers: int | bool
 ) -> None:
     """One kernel of the split launch: its tensors and scale in order, and those of its numbers that no plan tells.
 
     All tensors are contiguous, and the plan tells their shapes.
     """
-    first = (x, *others)
-    aligned = (y if y is None else (y.dtype, y.data_ptr() % 16) for y in first if not isinstance(y, float))
-    key = (kernel.fn, plan, programs, x.device, *numbers.values(), *aligned)
+    aligned = (x if x is None else (x.dtype, x.data_ptr() % 16) for x in first if not isinstance(x, float))
+    key = (kernel.fn, plan, programs, *numbers.values(), *aligned)
     launch = _launches.get(key)
     if launch is None:
         known: dict[str, Any] = dict(
@@ -318,7 +312,7 @@ def launch_split(
         )  # fmt: skip
         known |= numbers
         ordered = tuple(known[name] for name in kernel.arg_names[len(first) :])
-        launch = Launch(kernel, x.device, (programs,), ordered, **plan.options)
+        launch = Launch(kernel, plan.device, (programs,), ordered, **plan.options)
         remember(_launches, key, launch)
     launch(*first)
 

@@ -81,8 +81,11 @@ class Launch:
             self.kernel.warmup(*first, *self.numbers, grid=self.grid, **self.options)
 
 
+Launches = list[tuple[Launch, tuple[Tensor | float | None, ...]]]
+
+
 class _Waiting(threading.local):
-    launches: list[tuple[Launch, tuple[Tensor | float | None, ...]]] | None = None
+    launches: Launches | None = None
 
 
 _waiting = _Waiting()
@@ -98,7 +101,8 @@ def compiled_together(launcher: Callable[Arguments, Result]) -> Callable[Argumen
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if _waiting.launches is not None:
             return launcher(*args, **kwargs)
-        _waiting.launches = launches = []
+        launches: Launches = []
+        _waiting.launches = launches
         try:
             result = launcher(*args, **kwargs)
         finally:
@@ -110,7 +114,7 @@ def compiled_together(launcher: Callable[Arguments, Result]) -> Callable[Argumen
     return run
 
 
-def _run(launches: list[tuple[Launch, tuple[Tensor | float | None, ...]]]) -> None:
+def _run(launches: Launches) -> None:
     new = {launch: first for launch, first in launches if launch.run is None}
     # Triton has one such mode at a time, and a caller's serves as well
     if len(new) > 1 and _async_compile.active_mode.get() is None:
