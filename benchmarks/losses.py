@@ -1,7 +1,7 @@
 """A linear layer and its cross entropy, forward with backward, beside Liger, fla, eager and torch.compile, on one GPU.
 
     python benchmarks/losses.py                 # both shapes, with the peers that are installed
-    python benchmarks/losses.py --plans         # and ours with other chunks than its rule takes
+    python benchmarks/losses.py --plans         # and ours with other chunks than its rule takes, and products alone
 
 bfloat16 operands, one target in 16 ignored, loss and the gradients of x and W. "ms" is the median of
 `triton.testing.do_bench`. "scratch GB" is the peak of allocated memory over inputs and both gradients (1e9 bytes), "GB"
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fla_compile.kernels.cross_entropy_rows import RowLoss
 from fla_compile.kernels.linear_cross_entropy_ops import forward_chunks
-from fla_compile.kernels.linear_loss_chunks import Plan
+from fla_compile.kernels.linear_loss_chunks import Plan, chunk_linear_loss
 from fla_compile.ops import linear_cross_entropy
 
 SHAPES = [(16384, 2048, 32000), (8192, 4096, 128256)]  # N, D, V
@@ -63,6 +63,20 @@ def planned(plan: Plan) -> Run:
     return run
 
 
+def products(rows: int) -> Run:
+    """The three matrix products of `rows` rows a chunk: no loss, and gradients of which only the sizes are right."""
+
+    def run(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            needs = dict(need_dx=True, need_dw=True, need_db=False)
+            plan = Plan(rows, torch.float32 if rows < len(x) else x.dtype)
+            losses, found = chunk_linear_loss(x, weight, lambda a, first: a[:, 0].float(), **needs, plan=plan)
+        assert found.dx is not None and found.dw is not None
+        return losses.sum(), found.dx, found.dw
+
+    return run
+
+
 def contestants(plans: bool) -> dict[str, Run]:
     """Ours and whoever is installed, by name; peers are optional and imported here alone."""
     found: dict[str, Run] = {"ours": differentiated(linear_cross_entropy)}
@@ -70,6 +84,8 @@ def contestants(plans: bool) -> dict[str, Run]:
     if plans:
         for rows, sums in PLANS:
             found[f"ours, {rows} rows, sums {str(sums)[6:]}"] = planned(Plan(rows, sums))
+        for rows in (2048, 1 << 20):
+            found[f"products alone, {rows if rows == 2048 else 'all'} rows"] = products(rows)
     found["torch eager"] = differentiated(eager)
     found["torch.compile"] = differentiated(torch.compile(eager))
     try:
