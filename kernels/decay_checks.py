@@ -32,9 +32,8 @@ FAMILIES: dict[str, tuple[str, ...] | None] = {
     "rwkv6": ("B", "T", "H", "K"),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LARGEST_HEAD_CUDA = 256
-# Of any size on CUDA: in matrix products, where there is no kernel.
-ANY_SIZE = ("gla_values", "gla_both")
+# What the Triton chunk kernels take, K and V; under a decay over values they have each other's place.
+LARGEST_KEYS, LARGEST_VALUES = 256, 512
 
 # What the step kernel takes; a longer sequence is for the chunk kernels.
 MOST_STEPS = 16
@@ -42,28 +41,27 @@ LARGEST_STEP_KEYS, LARGEST_STEP_VALUES = 256, 512
 
 
 def supports(family: str, device_type: str, dtype: torch.dtype, K: int, V: int) -> str | None:
-    """None if there is a kernel, else the reason why not."""
+    """None if there is a kernel, else the reason why not. Head sizes K and V are not limited."""
     if family not in FAMILIES:
         return f"family {family!r} is not one of {', '.join(FAMILIES)}"
     if device_type not in DEVICES:
         return f"device {device_type!r} is not one of {', '.join(DEVICES)}"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-    limited = device_type == "cuda" and family not in ANY_SIZE
-    if limited and max(K, V) > LARGEST_HEAD_CUDA:
-        return f"head sizes K={K}, V={V} exceed {LARGEST_HEAD_CUDA} on cuda"
     return None
 
 
 def kernel_name(family: str, device_type: str, dtype: torch.dtype | None = None, K: int = 1, V: int = 1) -> str:
     """What runs a family that `supports` accepts, for reports; float64 is none of Triton's types."""
-    triton = device_type == "cuda" and family != "gla_both" and dtype != torch.float64
-    return "chunk (Triton)" if triton and max(K, V) <= LARGEST_HEAD_CUDA else "chunk (matrix products)"
+    if family == "gla_values":
+        K, V = V, K
+    fits = K <= LARGEST_KEYS and V <= LARGEST_VALUES and family != "gla_both" and dtype != torch.float64
+    return "chunk (Triton)" if fits and device_type == "cuda" else "chunk (matrix products)"
 
 
-def chunks_for(q: Tensor) -> ModuleType:
-    """Where `chunk_forward` and `chunk_backward` without a decay over values are for operands like q."""
-    if kernel_name("gla", q.device.type, q.dtype) != "chunk (Triton)":
+def chunks_for(q: Tensor, v: Tensor) -> ModuleType:
+    """Where `chunk_forward` and `chunk_backward` without a decay over values are for operands like q and v."""
+    if kernel_name("gla", q.device.type, q.dtype, q.shape[-1], v.shape[-1]) != "chunk (Triton)":
         return decay_cpu
     from fla_compile.kernels import decay_triton  # triton may be absent
 

@@ -86,7 +86,10 @@ _launches: dict[tuple[Any, ...], Launch] = {}
 
 @dataclass(frozen=True)
 class Scans:
-    """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk)."""
+    """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
+
+    Where outputs alone are planned, `tall` is `wide`.
+    """
 
     B: int
     T: int
@@ -108,26 +111,28 @@ class Scans:
 
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
-               wide: Config | None = None, tall: Config | None = None) -> Scans | None:  # fmt: skip
-    """None where there is no configuration for these operands."""
-    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall)
+               wide: Config | None = None, tall: Config | None = None,
+               forward: bool = False) -> Scans | None:  # fmt: skip
+    """None where there is no configuration for these operands; `forward` plans outputs alone, which are wide passes."""
+    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, forward)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
-    limit: float | None, segments: int | None, wide: Config | None, tall: Config | None,
+    limit: float | None, segments: int | None, wide: Config | None, tall: Config | None, forward: bool,
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
     found = []
-    for given, launch, size in ((wide, "wide", K), (tall, "tall", V)):
+    for given, launch, size in ((wide, "wide", K), (tall, "tall", V))[: 1 if forward else 2]:
         rows = (given,) if given else configs_for(arch, launch, kind, dtype.itemsize, size, shared)
         if not rows:
             return None
         found.append(rows[0])
-    wide, tall = found
+    wide, tall = found[0], found[-1]
     if segments is None:
-        programs = B * H * min(triton.cdiv(V, wide.block_v), triton.cdiv(K, tall.block_v))
+        blocks = triton.cdiv(V, wide.block_v)
+        programs = B * H * (blocks if forward else min(blocks, triton.cdiv(K, tall.block_v)))
         room = RESIDENT * multiprocessors(device)
         most = T // (SHORTEST * max(wide.chunk, tall.chunk))
         segments = max(1, min(most, room // programs)) if programs < room // RESIDENT else 1

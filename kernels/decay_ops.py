@@ -46,7 +46,7 @@ def _forward_cuda(
     steps = steps_for(q, v)
     if steps is not None:
         return steps.step_forward(q, k, v, g, initial_state, scale)
-    return chunks_for(q).chunk_forward(q, k, v, g, initial_state, scale)
+    return chunks_for(q, v).chunk_forward(q, k, v, g, initial_state, scale)
 
 
 def _forward_fake(
@@ -87,7 +87,7 @@ def _backward_cuda(
     need_dg: bool,
     need_dh0: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dg, dh0 = chunks_for(q).chunk_backward(q, k, v, g, initial_state, scale, do, dht, need_dg=need_dg)
+    dq, dk, dv, dg, dh0 = chunks_for(q, v).chunk_backward(q, k, v, g, initial_state, scale, do, dht, need_dg=need_dg)
     return dq, dk, dv, _wanted(dg, g, need_dg, q), _wanted(dh0, initial_state, need_dh0, q)
 
 

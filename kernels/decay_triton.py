@@ -114,7 +114,7 @@ def chunk_forward(
     h0 = None if initial_state is None else initial_state.contiguous()
     with torch.cuda.device_of(q):
         if config is None and scans is None:
-            scans = plan_scans(q, v, kind)
+            scans = plan_scans(q, v, kind, forward=True)
         if scans is not None:
             return scan_forward(scans, q, k, v, g, h0, scale)
         return _launch_all(plan_launch(q, v, kind, config), q, k, v, g, h0, scale)

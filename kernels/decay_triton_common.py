@@ -242,8 +242,8 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Ten
         raise ValueError(f"k has shape {tuple(k.shape)}, q has {tuple(q.shape)}")
     B, T, H, K = q.shape
     V = v.shape[-1]
-    if not (1 <= K <= 256 and 1 <= V <= 256):
-        raise ValueError(f"K and V must be between 1 and 256, got {K} and {V}")
+    if not (1 <= K <= 256 and 1 <= V <= 512):
+        raise ValueError(f"K must be between 1 and 256 and V between 1 and 512, got {K} and {V}")
     shapes = {"none": None, "constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
     shape = None if g is None else tuple(g.shape)
     dims = {None: "none", 1: "constant", 3: "scalar", 4: "vector"}

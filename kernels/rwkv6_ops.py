@@ -37,7 +37,7 @@ def rwkv6_op(
     steps = steps_for(q, v)
     if steps is not None:
         return steps.step_forward(q, k, v, g, initial_state, scale, u=u, before=True)
-    chunks = chunks_for(q)
+    chunks = chunks_for(q, v)
     y, final = chunks.chunk_forward(*_delayed(q, k, v, g), initial_state, scale)
     y = y[:, :-1]
     if u is not None:
@@ -67,7 +67,7 @@ def rwkv6_backward(
     do: Tensor,
     dht: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chunks = chunks_for(q)
+    chunks = chunks_for(q, v)
     delayed = _delayed(q, k, v, g)
     dy = pad(do.to(delayed[0].dtype), _LAST)
     dq, dk, dv, dg, dh0 = chunks.chunk_backward(*delayed, initial_state, scale, dy, dht)

@@ -111,6 +111,12 @@ def interpret() -> None:
             for config in (small, larger) if case.T == 37 else (larger,):
                 check_results(case, x, run_kernels(x, config), dtype, truth)
             print("ok", dtype, case)
+    for dtype in (torch.float32, torch.float16):  # more values than keys, as the tables choose
+        for family in FAMILIES:
+            case = Case(family, 70, "strong", B=1, H=1, K=8, V=272)
+            x = make_inputs(case, dtype)
+            check_results(case, x, run_kernels(x), dtype)
+            print("ok values", dtype, case)
     # the fused launch is for two bytes, which cannot hold what grows by e^70; then whole tiles, and every chunk again
     whole = [Case(f, 96, "strong", B=1, H=1, K=16, V=32) for f in FAMILIES]
     for case in [*(case for case in cases if case.decay != "hills"), *whole]:
@@ -123,7 +129,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 7 * len(FAMILIES) + 20
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 20
 
 
 def test_every_size_has_a_split_row():
@@ -158,7 +164,7 @@ def test_segments():
     [
         ({"q": torch.zeros(1, 2, 1, 4, dtype=torch.float64)}, "q must be"),
         ({"v": torch.zeros(1, 2, 1, 4, dtype=torch.float16)}, "v has dtype"),
-        ({"v": torch.zeros(1, 2, 1, 300)}, "between 1 and 256"),
+        ({"v": torch.zeros(1, 2, 1, 513)}, "V between 1 and 512"),
         ({"k": torch.zeros(1, 2, 1, 5)}, "k has shape"),
         ({"g": torch.zeros(1, 2)}, "g has shape"),
     ],
@@ -170,13 +176,14 @@ def test_refuses(change, message):
         decay_triton.chunk_forward(*args.values(), None, 1.0)
 
 
-def kernels_of(row, kind):
-    """(kernel, constants) for everything that a row launches under this kind of decay."""
+def kernels_of(row, kind, values=None):
+    """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
     if row.launch != "split":
-        return passes_of(row, kind)
+        return passes_of(row, kind, values)
+    values = values or row.size
     config = TABLE[row][0]
     tile = dict(
-        K=row.size, V=row.size, C=config.chunk, BK=min(config.block_k, row.size), BV=config.block_v,
+        K=row.size, V=values, C=config.chunk, BK=min(config.block_k, row.size), BV=config.block_v,
         DECAY=decay_triton_common.KINDS[kind],
     )  # fmt: skip
     common, forward, backward, grads = decay_triton_common, decay_triton, decay_triton_bwd, decay_triton_grads
@@ -192,7 +199,7 @@ def kernels_of(row, kind):
         absent = dict.fromkeys(("p_dk", "p_dg"))
         found += [
             (common.chunk_key_scores_kernel, dict(K=row.size, C=config.chunk, BK=min(config.block_k, 32))),
-            (grads.chunk_value_scores_kernel, dict(V=row.size, C=config.chunk, BV=config.block_v)),
+            (grads.chunk_value_scores_kernel, dict(V=values, C=config.chunk, BV=config.block_v)),
             (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=False)),
             # the output under a decay over values
             (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=True, **absent)),
@@ -201,13 +208,13 @@ def kernels_of(row, kind):
     return found
 
 
-def passes_of(row, kind):
+def passes_of(row, kind, values=None):
     config, tall = TABLE[row][0], row.launch == "tall"
     found = []
     for reverse in (False, True):
         part = (1 + reverse) * tall
         meta = dict(
-            H=4, X=row.size, W=row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
+            H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
             REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse,
         )  # fmt: skip
         if kind != "vector":
@@ -270,6 +277,21 @@ def test_compiles(row, kind, precision):
         assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_many_values_compile(arch, kind):
+    """512 values: the split launch for up to 256 keys, and the passes that hold up to 128 keys of them."""
+    for row in (row for row in TABLE if row.arch == arch and row.family == KINDS[kind]):
+        if row.launch == "tall" or (row.launch == "split" and row.size < 256):
+            continue
+        for kernel, constants in kernels_of(row, kind, 512):
+            compiled = compile_kernel(kernel, constants, row, kind, "ieee")
+            assert compiled.metadata.shared <= TABLE[row][0].shared, f"{row} {kernel.fn.__name__}"
+            stack = 96 if constants.get("EXACT") else STACK[row.nbytes]  # what seldom runs may wait for memory
+            assert stack_bytes(compiled) <= stack, f"{row} {kernel.fn.__name__}: {stack_bytes(compiled)} bytes of stack"
+
+
 # Every row of the table is met by every family; lengths and decays at length by the families with most code.
 SHAPES = {
     torch.bfloat16: [(40, 72), (48, 64), (128, 96), (128, 256), (256, 256)],
@@ -326,6 +348,21 @@ def test_gpu(family, dtype, record_property):
         line = " ".join(map(str, key))
         print(f"{error:.1e}  {line}")
         record_property(line, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("dtype", "K", "V"),
+    [(torch.bfloat16, 64, 512), (torch.bfloat16, 128, 256), (torch.bfloat16, 256, 512), (torch.float32, 40, 300)],
+)
+def test_gpu_many_values(family, dtype, K, V):
+    """As the tables choose: outputs by passes where there are up to 128 keys, the rest by the split launch."""
+    case = Case(family, 130, "weak", B=1, H=2, K=K, V=V)
+    x = on_gpu(make_inputs(case, dtype))
+    got, again = run_kernels(x), run_kernels(x)
+    assert all(torch.equal(y, again[name]) for name, y in got.items())
+    check_results(case, x, got, dtype)
 
 
 @pytest.mark.gpu

@@ -131,7 +131,7 @@ def test_interpreted():
 
 @pytest.mark.parametrize(
     ("K", "V", "dtype", "gate"),
-    [(64, 257, torch.bfloat16, False), (257, 64, torch.bfloat16, False), (8, 8, torch.float64, False),
+    [(64, 257, torch.bfloat16, False), (513, 64, torch.bfloat16, False), (8, 8, torch.float64, False),
      (8, 8, torch.bfloat16, True)],
     ids=["V", "K", "float64", "both gates"],
 )  # fmt: skip

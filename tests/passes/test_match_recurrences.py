@@ -250,7 +250,7 @@ def test_a_kernel_that_refuses(monkeypatch):
     [
         ("bthv", {}, "chunk (Triton)"),
         ("bthv", {"v": 257}, "chunk (matrix products)"),
-        ("bthv", {"k": 257}, "chunk (matrix products)"),
+        ("bthv", {"k": 513}, "chunk (matrix products)"),
         ("bthv bthk", {}, "chunk (matrix products)"),
     ],
     ids=["values", "wide", "many keys", "both"],
