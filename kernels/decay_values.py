@@ -3,8 +3,8 @@
     S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T        o_t = scale * S_t^T q_t
 
 q, k [B, T, H, K]; v [B, T, H, V]; g None or [B, T, H, K]; gv [B, T, H, V]; the state [B, H, K, V]. CPU runs the chunks
-of `decay_cpu` in matrix products, CUDA too for both decays and for K or V above 256; for a decay over values alone CUDA
-runs `decay_triton_values`, and forward over few steps `decay_step_triton` where that is checked.
+of `decay_cpu` in matrix products, CUDA too for both decays and for K above 512 or V above 256; for a decay over values
+alone CUDA runs `decay_triton_values`, and forward over few steps `decay_step_triton` where that is checked.
 """
 
 from typing import Any

@@ -159,6 +159,7 @@ GPU = {
         value_case(192, "mixed", H=2, K=64, V=64),
         value_case(1000, "weak", B=2, H=3, K=72, V=40),
         value_case(130, "resets", H=2, K=96, V=200),
+        value_case(130, "mixed", H=2, K=512, V=64),
     ],
     torch.float16: [value_case(130, decay, H=2, K=48, V=64) for decay in ("zero", "mixed")],
     torch.float32: [value_case(T, decay, B=2, H=3, K=40, V=72) for T, decay in ((1, "weak"), (130, "resets"))],
@@ -170,7 +171,7 @@ GPU = {
 def test_gpu(dtype):
     for case in GPU[dtype]:
         x = on_gpu(make_inputs(case, dtype))
-        fused = dtype != torch.float32 and case.V <= 128
+        fused = dtype != torch.float32 and max(case.K, case.V) <= 128
         assert (scans_of(x)["scans"] is not None) == fused
         segments = (1, 2) if case.T == 1000 else (1,)
         check(case, x, dtype, *([scans_of(x, segments=n) for n in segments] if fused else [{}]))
