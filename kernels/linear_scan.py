@@ -1,4 +1,4 @@
-"""The elementwise linear recurrence with a factor of any sign, forward and backward, in vectorised steps.
+"""The elementwise linear recurrence with a factor of any sign, forward and backward, in vectorised steps on the CPU.
 
     h_t = a_t h_{t-1} + x_t        x, a, h [B, T, D], the state [B, D]
 
@@ -8,6 +8,8 @@ With dh_t the gradient of h_t, and that of the final state added to dh_T:
 
 a is the factor itself, never its logarithm: zero, negative and larger than one are all exact. HGRN (arXiv:2311.04823),
 RG-LRU (Griffin, arXiv:2402.19427) and minGRU (arXiv:2410.01201) are of this form.
+
+CUDA runs `linear_scan_triton`, but for sequences too long to be walked step by step, which run as here.
 
 Where a step is wide, one fused multiply-add for each step is as fast as memory. Where it is narrow, T is cut into NT
 blocks of C steps which advance together, in three passes of C, NT and C steps: the product p and the sum e that a
@@ -25,6 +27,7 @@ the loop. Between blocks a state may survive that float32 would have lost to und
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ from torch import Tensor
 from fla_compile.kernels.operators import DEVICES, operator, register_autograd, register_fake
 from fla_compile.kernels.packed import call_packed, check_packed, each_sequence, register_packed
 
-__all__ = ["linear_scan", "naive_linear_scan", "scan_into", "supports"]
+__all__ = ["kernel_name", "linear_scan", "naive_linear_scan", "scan_into", "supports"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -242,8 +245,20 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _kernels_for(x: Tensor) -> ModuleType | None:
+    """Where the Triton kernels are, for operands like x; None: here."""
+    if x.device.type != "cuda":
+        return None
+    from fla_compile.kernels import linear_scan_triton  # triton may be absent
+
+    return linear_scan_triton if x.shape[1] <= linear_scan_triton.LONGEST else None
+
+
 @operator("linear_scan")
 def linear_scan_op(x: Tensor, a: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    kernels = _kernels_for(x)
+    if kernels is not None:
+        return kernels.forward(x, a, initial_state, _wide(x.dtype))
     return _forward(x, a, initial_state)
 
 
@@ -263,7 +278,11 @@ def linear_scan_backward(
     need_da: bool,
     need_dh0: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, da, dh0 = _backward(source, a, initial_state, dh, dht, need_da)
+    kernels = _kernels_for(source)
+    if kernels is not None:
+        dx, da, dh0 = kernels.backward(source, a, initial_state, dh, dht, need_da, _wide(source.dtype))
+    else:
+        dx, da, dh0 = _backward(source, a, initial_state, dh, dht, need_da)
     keep_h0 = initial_state is not None and need_dh0
     return (
         dx,
@@ -319,6 +338,11 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
     return None
+
+
+def kernel_name(device_type: str) -> str:
+    """What runs there, for reports."""
+    return "scan (Triton)" if device_type == "cuda" else "scan in blocks"
 
 
 def linear_scan(

@@ -72,7 +72,8 @@ def kernel_for(step: Step, stage: Stage) -> str:
             name = decay_ops.kernel_name(own, device, state.dtype, *sizes)
     else:
         scan = linear_scan if isinstance(stage, Elementwise) else selective_scan
-        reason, name = scan.supports(device, state.dtype), "scan in blocks"
+        reason = scan.supports(device, state.dtype)
+        name = linear_scan.kernel_name(device) if scan is linear_scan else "scan in blocks"
     if reason is not None:
         raise Refused("no_kernel", reason, written_at(step, stage.carry))
     return name
