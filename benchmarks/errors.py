@@ -1,17 +1,19 @@
 """How far an op and its gradients are from the definition in float64, ours beside flash-linear-attention's.
 
     python benchmarks/errors.py              # on a CUDA device, bfloat16, gates float32
-    python benchmarks/errors.py --ops gla --shape 1 512 32 128
+    python benchmarks/errors.py --ops gla --shape 1 512 32 128 --no-autotune   # fla's in their first configuration
 
 The definition (`fla_compile.ops.naive_*`) gets the same rounded operands. "error" is the Euclidean norm of the
 difference over that of the truth, tensor by tensor; "fla / ours" above 1 says that ours is nearer.
 """
 
 import argparse
+import importlib
+import sys
 from typing import Any
 
 import torch
-from common import save, table
+from common import ROOT, save, table
 from torch import Tensor
 
 import fla_compile.ops
@@ -61,10 +63,14 @@ def main() -> None:
     p.add_argument("--ops", nargs="+", choices=list(FLA), default=list(FLA))
     p.add_argument("--shape", nargs=4, type=int, default=(1, 1024, 32, 128), metavar=("B", "T", "H", "D"))
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    p.add_argument("--no-autotune", action="store_true", help="fla's kernels in their first configuration that runs")
     p.add_argument("--results", default="errors", help="the file's name")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("a CUDA device is needed, and torch sees none; --device cpu runs on the CPU, ours alone")
+    if args.no_autotune:
+        sys.path.append(str(ROOT / "tests"))
+        importlib.import_module("support.peers").skip_autotuning()
     B, T, H, D = args.shape
     rows: list[dict[str, Any]] = []
     for op in args.ops:
