@@ -89,6 +89,7 @@ def operations(device: str) -> dict[str, Operation]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    p.add_argument("--no-eager", action="store_true", help="torch.compile and the peers alone")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("a CUDA device is needed, and torch sees none; --device cpu runs on the CPU")
@@ -100,7 +101,7 @@ def main() -> None:
         dout, least = torch.randn_like(out), floors(leaves, out, keeps=name not in LINEAR)
         compiled = torch.compile(program, fullgraph=True, dynamic=False)
         for what, f in {"eager": program, "torch.compile": compiled, **peers}.items():
-            if args.device == "cpu" and what in peers:
+            if (args.device == "cpu" and what in peers) or (args.no_eager and what == "eager"):
                 continue
             row = {"op": name, "what": what, **measure(f, leaves, dout), **least}
             if "fwd+bwd ms" in row:
