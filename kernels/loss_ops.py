@@ -35,16 +35,18 @@ def refusal(op: str, device: str, *dtypes: torch.dtype) -> str | None:
     return None
 
 
-def check_rows(name: str, x: Tensor, target: Tensor | None, row_weight: Tensor | None) -> None:
+def check_rows(
+    name: str, x: Tensor, target: Tensor | None, row_weight: Tensor | None, *, target_name: str = "target"
+) -> None:
     """Raises ValueError for what does not fit rows of x [..., *], which the message calls `name`."""
-    for other, operand in (("target", target), ("row_weight", row_weight)):
+    for other, operand in ((target_name, target), ("row_weight", row_weight)):
         if operand is not None and (x.ndim < 1 or operand.shape != x.shape[:-1]):
             wanted = f"{list(x.shape[:-1])} as {name} is {list(x.shape)}"
             raise ValueError(f"{other} must be {wanted}, got {list(operand.shape)}")
         if operand is not None and operand.device != x.device:
             raise ValueError(f"{other} is on {operand.device}, {name} is on {x.device}")
     if target is not None and (target.dtype.is_floating_point or target.dtype == torch.bool):
-        raise ValueError(f"target must hold integers, got {target.dtype}")
+        raise ValueError(f"{target_name} must hold integers, got {target.dtype}")
     if row_weight is not None and row_weight.requires_grad:
         raise ValueError("row_weight must not require a gradient")
 
@@ -139,7 +141,7 @@ def keep_for_backward(
 
 
 def layer_gradients(
-    ctx: Any, dloss: Tensor | None, op: str, again: Callable[..., tuple[Tensor, ...]]
+    ctx: Any, dloss: Tensor | None, op: str, again: Callable[..., tuple[Tensor, ...]] | None = None
 ) -> tuple[Tensor | None, ...]:
     """Those of x, weight and bias; `again(operands, wanted)` computes them where the forward could not."""
     if dloss is None:
@@ -148,6 +150,7 @@ def layer_gradients(
     if any(wish and not had for wish, had in zip(wanted, ctx.need, strict=True)):
         raise RuntimeError(f"{op} was told in the forward that this gradient is not needed")
     if ctx.reduction == "none":
+        assert again is not None
         found = again(ctx.saved_tensors, wanted)
     else:
         saved = zip(ctx.saved_tensors, wanted, strict=True)

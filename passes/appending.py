@@ -15,8 +15,8 @@ class Appending:
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self._noted(self.graph.call_function(function, args, kwargs))
 
-    def method(self, name: str, *args: Any) -> fx.Node:
-        return self._noted(self.graph.call_method(name, args))
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._noted(self.graph.call_method(name, args, kwargs))
 
     def _noted(self, node: fx.Node) -> fx.Node:
         """Give a node its fake value, so that other passes can read it."""

@@ -1,39 +1,24 @@
 """Check a recognised divergence as `loss_check` does: the program's operations and the kernel, on few random rows."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import fx
 
-from fla_compile.passes.kl_decide import Divided
-from fla_compile.passes.kl_emit import PairEmitter
+from fla_compile.passes.kl_labels import Both
+from fla_compile.passes.kl_labels_emit import BothEmitter
 from fla_compile.passes.kl_rules import constant
-from fla_compile.passes.kl_values import Pairs, Side
+from fla_compile.passes.kl_values import Pairs
 from fla_compile.passes.loss_check import LARGE, WIDTH, Program, Sizes, compare
 from fla_compile.passes.loss_rules import is_zero
-from fla_compile.passes.loss_values import Root, resolved
+from fla_compile.passes.loss_values import Root, is_one, resolved
 from fla_compile.passes.records import Refused
 from fla_compile.passes.spellings import call_of, tensor_of
-
-
-def between(losses: Pairs, node: fx.Node, sides: Iterable[Side]) -> list[fx.Node]:
-    """The nodes from both layers to a value, in order."""
-    roots = {side.root.node for side in sides}
-    found, todo = set[fx.Node](), [node]
-    while todo:
-        here = todo.pop()
-        if here not in found:
-            found.add(here)
-            todo += losses.writes.get(here, [])
-            if here not in roots:
-                todo += [n for n in here.all_input_nodes if n in losses.values or n in losses.pairs]
-    return [n for n in node.graph.nodes if n in found]
 
 
 class TwoLayers(Program):
     """The operations from both layers to the loss, at small sizes, as a graph of `operands`."""
 
-    def __init__(self, losses: Pairs, node: fx.Node, loss: Divided):
+    def __init__(self, losses: Pairs, both: Both):
+        loss, self.hard = both.soft, both.hard
         self.losses, self.sizes = losses, Sizes()
         self.graph = fx.Graph()
         self.operands: list[torch.Tensor] = []
@@ -45,25 +30,27 @@ class TwoLayers(Program):
         V = roots[0].classes.size
         if self.sizes.product(loss.rows) * V > LARGE:
             raise Refused("validation_failed", "the rows are too many to run on random data")
+        if self.hard is not None:
+            self.loss, self.picked = self.hard, self.drawn(self.hard, generator)
         for root in roots:
-            self.add(root.x, self.random(*(self.sizes(label) for label in root.rows), WIDTH))
+            shape = [1 if is_one(label.size) else self.sizes(label) for label in root.rows]
+            self.add(root.x, self.random(*shape, WIDTH))
             self.add(root.weight, self.random(*((WIDTH, V) if root.transposed else (V, WIDTH))))
             if root.bias is not None:
                 self.add(root.bias, self.random(V))
             if root is roots[0]:
                 self.has_bias = root.bias is not None
                 self.leaves = 2 + self.has_bias
-        inside = between(losses, node, (loss.student, loss.teacher))
         layers = {root.node: root for root in roots}
-        for n in inside:
+        for n in both.inside:
             for operand in () if n in layers else n.all_input_nodes:
                 self.operand(operand)
         env: dict[fx.Node, fx.Node] = {}
-        for n in inside:
+        for n in both.inside:
             env[n] = self.copied(n, env) if n not in layers else self.layer(layers[n])
             if n is loss.teacher.root.node:
                 env[n] = self.graph.call_method("detach", (env[n],))
-        self.graph.output((env[node],))
+        self.graph.output(tuple(env[n] for n in both.nodes))
 
     def layer(self, root: Root) -> fx.Node:
         value, weight = self.losses.values[root.node], self.inputs[root.weight]
@@ -85,6 +72,8 @@ class TwoLayers(Program):
         number = constant(node)
         if number is not None:
             return self.add(node, torch.tensor(number, dtype=torch.float64))
+        if self.hard is not None:
+            return super().operand(node)
         if node not in self.losses.laid:
             raise Refused("validation_failed", f"nothing says what {node.name} is made of")
         shape = self.sizes.shape(self.losses.laid[node])
@@ -92,14 +81,15 @@ class TwoLayers(Program):
         self.add(node, self.mask(*shape) if is_mask else self.random(*shape).abs() + 0.1)
 
 
-def check(losses: Pairs, node: fx.Node, loss: Divided) -> float:
+def check(losses: Pairs, both: Both) -> float:
     """The largest relative error; raises `Refused("validation_failed")` beyond tolerance."""
 
     def kernel(program: TwoLayers) -> fx.Graph:
         graph = fx.Graph()
         mine = {node: graph.placeholder(x.name) for node, x in program.inputs.items()}
-        emitter = PairEmitter(graph, mine, program.sizes, faked=False)
-        graph.output((emitter.divergence(loss, (True, True, program.has_bias), torch.float64),))
+        emitter = BothEmitter(graph, mine, program.sizes, faked=False)
+        needs = True, True, program.has_bias
+        graph.output(tuple(emitter.losses(both, needs, [torch.float64] * len(both.nodes))))
         return graph
 
-    return compare(lambda: TwoLayers(losses, node, loss), kernel)
+    return compare(lambda: TwoLayers(losses, both), kernel)

@@ -38,15 +38,7 @@ class PairEmitter(Emitter):
         teacher, others = self.layer(loss.teacher, loss.rows, constant=True)
         if order != others:
             raise Refused("unsupported_loss", "the layers have their rows in another order")
-        keep: fx.Node | None = None
-        for mask, sense, dims in loss.keeps:
-            part = self.laid_out(mask, dims, order)
-            part = part if sense else self.call(torch.logical_not, part)
-            keep = part if keep is None else self.call(torch.logical_and, keep, part)
-        weights: fx.Node | None = None
-        for factor, dims in loss.weights:
-            part = self.laid_out(factor, dims, order)
-            weights = part if weights is None else self.call(torch.mul, weights, part)
+        keep, weights = self.kept(loss, order), self.weighed(loss.weights, order)
         found = self.call(
             torch.ops.fla_compile.linear_kl_div.default, *student, *teacher, keep, weights, loss.student.form.scale,
             loss.teacher.form.scale, loss.kind, loss.beta, loss.reduction, *needs,
@@ -59,3 +51,12 @@ class PairEmitter(Emitter):
         for divisor in loss.over:
             result = self.call(torch.div, result, self.laid_out_scalar(divisor))
         return self._shaped(self.method("to", result, dtype), loss, order)
+
+    def kept(self, loss: Divided, order: tuple[Label, ...]) -> fx.Node | None:
+        """Which rows [N] the masks leave, if there are any."""
+        keep: fx.Node | None = None
+        for mask, sense, dims in loss.keeps:
+            part = self.laid_out(mask, dims, order)
+            part = part if sense else self.call(torch.logical_not, part)
+            keep = part if keep is None else self.call(torch.logical_and, keep, part)
+        return keep

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fla_compile.passes.kl_values import Pairs, Side, exp_of, inner, log, log_of, terms
+from fla_compile.passes.kl_values import Pairs, Side, beside, exp_of, inner, log, log_of, terms
 from fla_compile.passes.loss_reader import RULES
 from fla_compile.passes.loss_rules import is_zero, number
 from fla_compile.passes.loss_values import Dims, Form, Poly, Value, add, aligned, flat, laid_over, poly, scaled, times
@@ -91,7 +91,7 @@ def _div(losses: Pairs, call: Call, node: fx.Node) -> Value | None:
 
 def _sum_of(losses: Pairs, call: Call, node: fx.Node, sign: float) -> Value | None:
     left, right, alpha = call.get("input"), call.get("other"), number(call.get("alpha", 1))
-    a, b = terms(losses, left), terms(losses, right)
+    a, b = _addends(losses, left, right)
     if alpha is None:
         return None
     if a is not None and b is not None:
@@ -100,6 +100,15 @@ def _sum_of(losses: Pairs, call: Call, node: fx.Node, sign: float) -> Value | No
         if value is not None and number(added) is not None:
             return replace(value, rows=add(scaled(value.rows, own), poly(coef=others * number(added))))
     return None
+
+
+def _addends(losses: Pairs, left: Any, right: Any) -> tuple[Value | None, Value | None]:
+    """Both over classes; or a divergence and a cross entropy of one of its layers, both summed or both not."""
+    a, b = beside(losses, left), beside(losses, right)
+    if a is not None and b is not None and a.kind == b.kind and set(flat(a.dims)) == set(flat(b.dims)):
+        if losses.is_shared(losses.of(left)) or losses.is_shared(losses.of(right)):
+            return a, b
+    return terms(losses, left), terms(losses, right)
 
 
 def _combined(a: Value, b: Value, left: float, right: float) -> Value | None:
@@ -115,7 +124,7 @@ def _neg(losses: Pairs, call: Call, node: fx.Node) -> Value | None:
 
 
 def _lerp(losses: Pairs, call: Call, node: fx.Node) -> Value | None:
-    a, b, weight = terms(losses, call.get("input")), terms(losses, call.get("end")), number(call.get("weight"))
+    (a, b), weight = _addends(losses, call.get("input"), call.get("end")), number(call.get("weight"))
     return None if a is None or b is None or weight is None else _combined(a, b, 1.0 - weight, weight)
 
 

@@ -8,6 +8,7 @@ All layers whose logits have the same rows and classes share their labels, and o
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from fla_compile.passes.loss_values import (
     scaled,
 )
 from fla_compile.passes.normal_form import same_size
+from fla_compile.passes.records import Refused
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class Side:
 
 
 # Atoms over classes: ("prob", Side, node), ("log", Side, node), ("logmix", ((Side, weight), (Side, weight))); of a sum
-# over them: ("inner", atoms, labels of the rows); of a reduction: ("axis", labels) for one over an axis' size.
+# over them: ("inner", atoms, labels of the rows); of a reduction: ("axis", labels) for one over an axis' size. What one
+# layer's logits and labels give, added to these: ("labelled", Side, atoms).
 OVER_CLASSES = ("prob", "log", "logmix")
+OF_LABELS = ("lse", "pick", "sum", "max")
+FACTORS = ("valid", "count", "rows", "node", "over", "keep")
 Weights = tuple[tuple[Side, float], ...]
 
 
@@ -167,3 +172,58 @@ def inner(x: Poly, dims: Dims, classes: Label) -> Poly | None:
         summed = poly(*rest) if whole else poly(("inner", own, labels), *rest)
         found = add(found, scaled(summed, coef))
     return found
+
+
+def beside(losses: Pairs, operand: Any) -> Value | None:
+    """A loss of one layer, or of two, as what both may be added to; None where it is none."""
+    value = losses.of(operand)
+    if value is None or value.kind not in ("row", "total"):
+        return None
+    if losses.is_shared(value):
+        return value
+    space, side = losses.spaces.get(value.root.node), Side(value.root, value.form)
+    rows: Poly = {}
+    for monomial, coef in value.rows.items():
+        own = tuple(atom for atom in monomial if atom[0] in OF_LABELS)
+        if not own:
+            return None
+        rest = (atom for atom in monomial if atom[0] not in OF_LABELS)
+        rows = add(rows, poly(("labelled", side, own), *rest, coef=coef))
+    return None if space is None else Value(space, Form(), value.kind, value.dims, rows)
+
+
+def parted(value: Value) -> tuple[Value, Value | None]:
+    """What in a sum compares two layers, and what one has of its labels; raises `Refused` for products of both."""
+    soft: Poly = {}
+    hard: Poly = {}
+    sides: dict[Side, None] = {}
+    for monomial, coef in value.rows.items():
+        own = [atom for atom in monomial if atom[0] == "labelled"]
+        if not own:
+            soft[monomial] = coef
+            continue
+        rest = [atom for atom in monomial if atom[0] != "labelled"]
+        if len(own) > 1 or any(atom[0] not in FACTORS for atom in rest):
+            raise Refused("unsupported_loss", "it is a product of losses")
+        sides[own[0][1]] = None
+        hard = add(hard, poly(*own[0][2], *rest, coef=coef))
+    if not sides:
+        return value, None
+    if len(sides) > 1:
+        raise Refused("unsupported_loss", "it has labels for two layers' logits, or for one's at two scales")
+    (side,) = sides
+    return replace(value, rows=soft), Value(side.root, side.form, value.kind, value.dims, hard)
+
+
+def between(losses: Pairs, node: fx.Node, sides: Iterable[Side]) -> list[fx.Node]:
+    """The nodes from both layers to a value, in order."""
+    roots = {side.root.node for side in sides}
+    found, todo = set[fx.Node](), [node]
+    while todo:
+        here = todo.pop()
+        if here not in found:
+            found.add(here)
+            todo += losses.writes.get(here, [])
+            if here not in roots:
+                todo += [n for n in here.all_input_nodes if n in losses.values or n in losses.pairs]
+    return [n for n in node.graph.nodes if n in found]

@@ -13,7 +13,6 @@ from fla_compile.kernels.cross_entropy_rows import wide_dtype
 from fla_compile.passes.loss_decide import Loss
 from fla_compile.passes.loss_emit import Emitter
 from fla_compile.passes.loss_values import Label, flat, is_one
-from fla_compile.passes.records import Refused
 from fla_compile.passes.spellings import tensor_of
 
 
@@ -59,42 +58,6 @@ class OverLogits(Emitter):
         size = 1 if is_one(label.size) else self.size(label)
         return size if isinstance(size, int) else self.method("size", logits, axis)
 
-    def uncut(self, rows: fx.Node, order: tuple[Label, ...], axes: dict[Label, Any], fill: float) -> fx.Node:
-        """Numbers of the loss's rows [N], laid over all rows of the logits with `fill` where a slice left rows out."""
-        if any(spans_of(label)[1] for label in order):
-            rows = self.method("reshape", rows, [self.extent(label) for label in order])
-        for i, label in enumerate(order):
-            whole, spans = spans_of(label)
-            size = axes.get(whole, self.size(whole))
-            for start, stop in reversed(spans):
-                after = 0 if stop is None else -stop
-                if after < 0:
-                    if len(spans) > 1:
-                        raise Refused("unsupported_loss", "its rows are a slice of a slice that ends at a number")
-                    after = size - stop if isinstance(size, int) else self.call(operator.sub, size, stop)
-                ends = [self.filled(rows, len(order), i, n, fill) for n in (start or 0, after)]
-                rows = self.call(torch.cat, [*ends[0], rows, *ends[1]], i)
-        return self.method("reshape", rows, list(axes.values()))
-
-    def filled(self, rows: fx.Node, axes: int, axis: int, size: Any, fill: float) -> list[fx.Node]:
-        """What is joined to an axis, if anything. Not by padding: that would fix dynamic sizes."""
-        if isinstance(size, int) and size == 0:
-            return []
-        have = tensor_of(rows).shape if self.faked else (None,) * axes
-        shape = [n if isinstance(n, int) else self.method("size", rows, i) for i, n in enumerate(have)]
-        shape[axis] = size
-        return [self.method("new_full", rows, shape, fill)]
-
-    def cut(self, rows: fx.Node, order: tuple[Label, ...], axes: dict[Label, Any]) -> fx.Node:
-        """The other way: a number for each row of the logits as one for each row of the loss [N]."""
-        if any(spans_of(label)[1] for label in order):
-            wholes = [spans_of(label)[0] for label in order]
-            rows = self.method("reshape", rows, [axes.get(whole, self.size(whole)) for whole in wholes])
-        for i, label in enumerate(order):
-            for span in spans_of(label)[1]:
-                rows = self.call(operator.getitem, rows, (*[slice(None)] * i, slice(*span)))
-        return self.method("reshape", rows, -1)
-
     def by_torch(self, loss: Loss, rows: fx.Node, target: fx.Node, weights: fx.Node | None) -> fx.Node:
         """rows [N, V]: torch's loss, whose backward Inductor writes without a tensor to scatter into."""
         form, have = loss.value.form, tensor_of(loss.value.root.node).dtype
@@ -122,12 +85,3 @@ class OverLogits(Emitter):
         if loss.reduction == "sum":
             return total
         return self.call(torch.div, total, self.call(torch.sum, self.call(torch.ne, target, loss.ignore_index)))
-
-
-def spans_of(label: Label) -> tuple[Label, list[tuple[int | None, int | None]]]:
-    """The axis that a label was cut from, and the slices in their order."""
-    spans = list[tuple[int | None, int | None]]()
-    while label.span is not None and label.parent is not None:
-        spans.insert(0, label.span)
-        label = label.parent
-    return label, spans

@@ -85,14 +85,7 @@ class Program:
         root = loss.value.root
         V = root.classes.size
         shape = [1 if is_one(label.size) else self.sizes(label) for label in root.rows]
-        self.order = loss.target.order
-        count = self.sizes.product(self.order)
-        if count * V > LARGE:
-            raise Refused("validation_failed", f"{count} rows are too many to run on random data")
-        picked = torch.randint(0, V, (count,), generator=generator)
-        if loss.ignore_index != NEVER:
-            picked[1::3] = loss.ignore_index
-        self.picked = picked.reshape([self.sizes(label) for label in self.order])
+        self.picked = self.drawn(loss, generator)
         self.mask = lambda *size: torch.rand(size, generator=generator) > 0.3
         if root.weight is None:
             self.add(root.node, self.random(*shape, V))
@@ -110,6 +103,17 @@ class Program:
         for node in needed(losses, frontier, root.node):
             env[node] = self.logits() if node is root.node else self.copied(node, env)
         self.graph.output((env[frontier],))
+
+    def drawn(self, loss: Loss, generator: torch.Generator) -> torch.Tensor:
+        """Targets over their own rows in `order`."""
+        self.order, V = loss.target.order, loss.value.root.classes.size
+        count = self.sizes.product(self.order)
+        if count * V > LARGE:
+            raise Refused("validation_failed", f"{count} rows are too many to run on random data")
+        picked = torch.randint(0, V, (count,), generator=generator)
+        if loss.ignore_index != NEVER:
+            picked[1::3] = loss.ignore_index
+        return picked.reshape([self.sizes(label) for label in self.order])
 
     def add(self, node: fx.Node, value: torch.Tensor) -> None:
         if node not in self.inputs:

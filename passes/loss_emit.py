@@ -1,7 +1,7 @@
 """Write a recognised loss as the kernel's operator and what goes around it, into a graph of any sizes."""
 
 import operator
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -87,6 +87,42 @@ class Emitter(Appending):
             node = self.method("expand", node, [self.extent(label) for label in order])
         return self.method("reshape", node, -1)
 
+    def uncut(self, rows: fx.Node, order: tuple[Label, ...], axes: dict[Label, Any], fill: float) -> fx.Node:
+        """Numbers of the loss's rows [N], laid over all rows of the logits with `fill` where a slice left rows out."""
+        if any(spans_of(label)[1] for label in order):
+            rows = self.method("reshape", rows, [self.extent(label) for label in order])
+        for i, label in enumerate(order):
+            whole, spans = spans_of(label)
+            size = axes.get(whole, self.size(whole))
+            for start, stop in reversed(spans):
+                after = 0 if stop is None else -stop
+                if after < 0:
+                    if len(spans) > 1:
+                        raise Refused("unsupported_loss", "its rows are a slice of a slice that ends at a number")
+                    after = size - stop if isinstance(size, int) else self.call(operator.sub, size, stop)
+                ends = [self.filled(rows, len(order), i, n, fill) for n in (start or 0, after)]
+                rows = self.call(torch.cat, [*ends[0], rows, *ends[1]], i)
+        return self.method("reshape", rows, list(axes.values()))
+
+    def filled(self, rows: fx.Node, axes: int, axis: int, size: Any, fill: float) -> list[fx.Node]:
+        """What is joined to an axis, if anything. Not by padding: that would fix dynamic sizes."""
+        if isinstance(size, int) and size == 0:
+            return []
+        have = tensor_of(rows).shape if self.faked else (None,) * axes
+        shape = [n if isinstance(n, int) else self.method("size", rows, i) for i, n in enumerate(have)]
+        shape[axis] = size
+        return [self.method("new_full", rows, shape, fill)]
+
+    def cut(self, rows: fx.Node, order: tuple[Label, ...], axes: dict[Label, Any]) -> fx.Node:
+        """The other way: a number for each row of the logits as one for each row of the loss [N]."""
+        if any(spans_of(label)[1] for label in order):
+            wholes = [spans_of(label)[0] for label in order]
+            rows = self.method("reshape", rows, [axes.get(whole, self.size(whole)) for whole in wholes])
+        for i, label in enumerate(order):
+            for span in spans_of(label)[1]:
+                rows = self.call(operator.getitem, rows, (*[slice(None)] * i, slice(*span)))
+        return self.method("reshape", rows, -1)
+
     def loss(self, loss: Loss, needs: tuple[bool, ...], dtype: torch.dtype, narrow: torch.dtype | None) -> fx.Node:
         """`narrow` is the type that autocast casts the layer's operands to."""
         value, root = loss.value, loss.value.root
@@ -112,11 +148,15 @@ class Emitter(Appending):
             dropped = self.laid_out(mask, dims, order)
             dropped = self.call(torch.logical_not, dropped) if sense else dropped
             target = self.method("masked_fill", self.method("to", target, torch.int64), dropped, loss.ignore_index)
+        return target, self.weighed(loss.weights, order)
+
+    def weighed(self, given: tuple[tuple[fx.Node, Dims], ...], order: tuple[Label, ...]) -> fx.Node | None:
+        """The rows' weights [N], if there are any."""
         weights: fx.Node | None = None
-        for factor, dims in loss.weights:
+        for factor, dims in given:
             part = self.laid_out(factor, dims, order)
             weights = part if weights is None else self.call(torch.mul, weights, part)
-        return target, weights
+        return weights
 
     def finished(self, result: fx.Node, loss: Loss, order: tuple[Label, ...], dtype: torch.dtype) -> fx.Node:
         """The program's value from the kernel's."""
@@ -148,6 +188,15 @@ def _descendants(label: Label) -> list[Label]:
     return [label, *(x for child in (*label.parts, *label.cuts) for x in _descendants(child))]
 
 
+def spans_of(label: Label) -> tuple[Label, list[tuple[int | None, int | None]]]:
+    """The axis that a label was cut from, and the slices in their order."""
+    spans = list[tuple[int | None, int | None]]()
+    while label.span is not None and label.parent is not None:
+        spans.insert(0, label.span)
+        label = label.parent
+    return label, spans
+
+
 def narrowed(loss: Loss) -> torch.dtype | None:
     """The type in which the layer runs where it is not that of its operands."""
     have, run = tensor_of(loss.value.root.x).dtype, tensor_of(loss.value.root.node).dtype
@@ -171,11 +220,22 @@ def put(
 
     Returns how many nodes went and came.
     """
-    before, fake = len(graph.nodes), tensor_of(node)
-    with graph.inserting_before(node):
+    return put_all(graph, (node,), emitter, lambda writer: [write(writer)], own)
+
+
+def put_all(
+    graph: fx.Graph,
+    nodes: Sequence[fx.Node],
+    emitter: Callable[..., E],
+    write: Callable[[E], list[fx.Node]],
+    own: Container[fx.Node],
+) -> tuple[int, int]:
+    """The same for several losses, at the place of the last of `nodes`; the others are used behind it alone."""
+    before, last = len(graph.nodes), nodes[-1]
+    with graph.inserting_before(last):
         writer = emitter(graph, {n: n for n in graph.nodes}, lambda label: label.size, faked=True)
         try:
-            result = write(writer)
+            results = write(writer)
         except Exception as error:  # a mistake of ours must not cost the user the program
             for new in reversed(writer.added):
                 graph.erase_node(new)
@@ -183,9 +243,11 @@ def put(
                 raise
             raise Refused("validation_failed", f"cannot be written: {type(error).__name__}: {error}") from error
     for new in writer.added:
-        new.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
-    node.replace_all_uses_with(result)
-    result.meta["example_value"] = fake
+        new.meta.setdefault("stack_trace", last.meta.get("stack_trace"))
+    for node, result in zip(nodes, results, strict=True):
+        fake = tensor_of(node)
+        node.replace_all_uses_with(result)
+        result.meta["example_value"] = fake
     for old in reversed(list(graph.nodes)):
         if old in own and not old.users:  # what writes over another layer's output has no users either, and stays
             graph.erase_node(old)

@@ -3,10 +3,12 @@
 Before: student and teacher logits by any spelling of a layer, divided by a temperature; log_softmax, softmax or the
 same by hand; then `F.kl_div` or `nn.KLDivLoss` with either kind of target, sums of p (log p - log q) by hand in either
 direction, a Jensen-Shannon divergence over a mixture of both, or `F.cross_entropy` with the teacher's probabilities;
-summed, averaged, masked, weighted, or left for each row; the teacher under `no_grad` or detached.
-After: `fla_compile::linear_kl_div` on both layers' operands. The logits exist for a few rows at a time.
+summed, averaged, masked, weighted, or left for each row; the teacher under `no_grad` or detached. Beside it, or added
+to it, a cross entropy of the student's logits with labels, in any spelling of `match_linear_cross_entropy`.
+After: `fla_compile::linear_kl_div` on both layers' operands, with labels `linear_distillation` for a sum of both losses
+or `linear_distillation_rows` for each by itself. The logits exist for a few rows at a time.
 Legal because the program's loss is the kernel's as a polynomial over both distributions and their logarithms
-(`kl_values`, `kl_rules`, `kl_decide`), and checked on data (`kl_check`).
+(`kl_values`, `kl_rules`, `kl_decide`, `kl_labels`), and checked on data (`kl_check`).
 Refused: logits, or losses in part, that are used elsewhere too (`logits_used`); a teacher that takes a gradient
 (`teacher_gradient`); other sums of such terms, and a student of which a part takes no gradient (`unsupported_loss`);
 operands that are written to in between (`mutates_input`).
@@ -19,15 +21,17 @@ from dataclasses import dataclass
 from torch import fx
 
 from fla_compile.kernels.linear_kl_div import kernel_name, supports
-from fla_compile.passes.kl_check import between, check
+from fla_compile.passes.kl_check import check
 from fla_compile.passes.kl_decide import Divided, compares, decode, sides_of
-from fla_compile.passes.kl_emit import PairEmitter
+from fla_compile.passes.kl_labels import Both, check_uses, decode_labels, labels_beside, made_of
+from fla_compile.passes.kl_labels_emit import BothEmitter
 from fla_compile.passes.kl_rules import PAIR_RULES
-from fla_compile.passes.kl_values import Pairs, Side, pairs_of
-from fla_compile.passes.loss_emit import put, wanted_of
+from fla_compile.passes.kl_values import Pairs, Side, between, pairs_of, parted
+from fla_compile.passes.loss_emit import put_all, wanted_of
 from fla_compile.passes.loss_reader import read
 from fla_compile.passes.loss_values import MAX, Value
-from fla_compile.passes.match_linear_cross_entropy import ADVICE, REFUSED, Found, place
+from fla_compile.passes.match_linear_cross_entropy import EQUATION as OF_LABELS
+from fla_compile.passes.match_linear_cross_entropy import REFUSED, Found, check_writes, place
 from fla_compile.passes.memory import memory, written_between
 from fla_compile.passes.records import Refused, Rewrite
 from fla_compile.passes.spellings import call_of, tensor_of
@@ -78,9 +82,9 @@ def _cut_off(node: fx.Node) -> Refused:
     return Refused("unsupported_loss", f"{node.name}, a part of it, takes no gradient", place(node))
 
 
-def choose(losses: Pairs, node: fx.Node) -> Divided:
-    """The divergence at a node; raises `Refused`."""
-    value = losses.values[node]
+def choose(losses: Pairs, node: fx.Node) -> Both:
+    """The divergence at a node, and the cross entropy in it or beside it; raises `Refused`."""
+    value, labelled = parted(losses.values[node])
     sides = sides_of(value)
     if len(sides) != 2 or sides[0].root.node is sides[1].root.node:
         raise Refused("unsupported_loss", f"it is of {len(sides)} distributions, not of two layers' one each")
@@ -91,14 +95,40 @@ def choose(losses: Pairs, node: fx.Node) -> Divided:
         raise Refused("teacher_gradient", "both layers take a gradient; compute the teacher's under torch.no_grad()")
     if any(graded):
         loss = decode(value, *(sides if graded[0] else sides[::-1]))
+    elif labelled is not None:
+        loss = decode(value, *(sides if labelled.root is sides[0].root else sides[::-1]))
     else:
         loss = _without_gradients(value, sides)
-    for n in inside:
-        outside = [user for user in n.users if user not in inside] if n is not node else []
-        if outside:
-            where = place(outside[0]) or outside[0].name
-            raise Refused("logits_used", f"{n.name}, before the loss, is used at {where} as well; {ADVICE}")
-    return loss
+    if labelled is not None:
+        check_uses((node,), inside)
+        return Both((node,), loss, decode_labels(labelled, loss.student), tuple(inside))
+    try:
+        check_uses((node,), inside)
+    except Refused:
+        found = _beside(losses, node, loss, inside, any(graded))
+        if found is None:
+            raise
+        return found
+    return Both((node,), loss, None, tuple(inside))
+
+
+def _beside(losses: Pairs, node: fx.Node, loss: Divided, inside: list[fx.Node], graded: bool) -> Both | None:
+    """The divergence at a node and a cross entropy that has no other use of the logits beside it."""
+    student = loss.student
+    found = labels_beside(losses, student, inside)
+    if found is None and not graded:  # either layer may be the student
+        student, loss = loss.teacher, decode(losses.values[node], loss.teacher, loss.student)
+        found = labels_beside(losses, student, inside)
+    if found is None:
+        return None
+    other, hard = found
+    here = {*inside, *between(losses, other, (student, loss.teacher))}
+    every = [n for n in node.graph.nodes if n in here]
+    nodes = tuple(n for n in every if n in (node, other))
+    check_uses(nodes, every)
+    if tensor_of(other).requires_grad != graded or live(losses, every, student) != graded:
+        raise Refused("unsupported_loss", "of two losses of the same logits one takes no gradient", place(other))
+    return Both(nodes, loss, hard, tuple(every), other, made_of(*nodes))
 
 
 def _without_gradients(value: Value, sides: list[Side]) -> Divided:
@@ -110,8 +140,9 @@ def _without_gradients(value: Value, sides: list[Side]) -> Divided:
     return decode(value, *sides[::-1]) if found.kind == "reverse_kl" else found
 
 
-def check_operands(losses: Pairs, node: fx.Node, loss: Divided) -> None:
+def check_operands(losses: Pairs, both: Both) -> None:
     """Refuse what the kernel cannot take, and operands that are not at the loss what they were at the layers."""
+    loss, last = both.soft, both.nodes[-1]
     roots = loss.student.root, loss.teacher.root
     dtypes = [tensor_of(root.node).dtype for root in roots]
     reason = supports(tensor_of(roots[0].node).device.type, *dtypes)
@@ -120,20 +151,23 @@ def check_operands(losses: Pairs, node: fx.Node, loss: Divided) -> None:
     operands = [*loss.over, *(n for n, _ in loss.weights), *(n for n, _, _ in loss.keeps)]
     for root in roots:
         own = [root.x, root.weight, root.bias, *operands]
-        if written_between(root.node, node) & frozenset[int]().union(*(memory(n) for n in own)):
+        if written_between(root.node, last) & frozenset[int]().union(*(memory(n) for n in own)):
             raise Refused("mutates_input", "the program writes to what a layer or the loss reads, between the two")
+    if both.hard is not None:
+        check_writes(losses, roots[0].node, last, both.hard, ())
 
 
-def splice(gm: fx.GraphModule, losses: Pairs, node: fx.Node, loss: Divided) -> Rewrite:
-    """Put the kernel in the place of `node`; what nothing wants any more is removed."""
-    fake, sides = tensor_of(node), (loss.student, loss.teacher)
-    kernel = kernel_name(fake.device.type, *(tensor_of(side.root.node).dtype for side in sides))
-
-    def write(emitter: PairEmitter) -> fx.Node:
-        return emitter.divergence(loss, wanted_of(node, loss.student.root), fake.dtype)
-
-    nodes = put(gm.graph, node, PairEmitter, write, set(between(losses, node, sides)))
-    return Rewrite(PATTERN, PATTERN, EQUATIONS[loss.kind], kernel, place(node), *nodes)
+def splice(gm: fx.GraphModule, both: Both) -> Rewrite:
+    """Put the kernel in the place of both losses; what nothing wants any more is removed."""
+    loss, hard, last = both.soft, both.hard, both.nodes[-1]
+    roots = loss.student.root, loss.teacher.root
+    kernel = kernel_name(tensor_of(last).device.type, *(tensor_of(root.node).dtype for root in roots))
+    for node in reversed(both.later):
+        last.append(node)
+    needs, dtypes = wanted_of(last, roots[0]), [tensor_of(n).dtype for n in both.nodes]
+    nodes = put_all(gm.graph, both.nodes, BothEmitter, lambda writer: writer.losses(both, needs, dtypes), both.inside)
+    equation = EQUATIONS[loss.kind] if hard is None else f"{EQUATIONS[loss.kind]}, {OF_LABELS}"
+    return Rewrite(PATTERN, PATTERN, equation, kernel, place(last), *nodes)
 
 
 @dataclass
@@ -179,22 +213,21 @@ def match_linear_kl_div(gm: fx.GraphModule, *, validated: bool = True) -> Found:
         if node in done:
             continue
         sides = sides_of(losses.values[node])
-        inside = set(between(losses, node, sides))
         outer = [failure for failure in failures if node in failure.inside]
         try:
-            loss = choose(losses, node)
-            check_operands(losses, node, loss)
+            both = choose(losses, node)
+            check_operands(losses, both)
             if validated:
                 start = time.perf_counter()
-                check(losses, node, loss)
+                check(losses, both)
                 found.validation_seconds += time.perf_counter() - start
-            found.rewrites.append(splice(gm, losses, node, loss))
-            done |= inside
+            found.rewrites.append(splice(gm, both))
+            done |= set(both.inside)
             for failure in outer:
                 failure.dropped = True
         except Refused as refused:
             if not outer:
-                failures.append(Failure(node, sides, refused, inside))
+                failures.append(Failure(node, sides, refused, set(between(losses, node, sides))))
     for failure in failures:
         if not failure.dropped:
             refuse(found, failure.node, failure.sides, failure.why)

@@ -13,7 +13,8 @@ from interpreted import interpreted  # noqa: E402
 from linear_kl_cases import CASES, KINDS, Case, check_results, make_operands, options, results  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
 
-from fla_compile.kernels import kl_div_rows, kl_div_triton  # noqa: E402
+from fla_compile.kernels import distillation_rows, distillation_triton, kl_div_rows, kl_div_triton  # noqa: E402
+from fla_compile.kernels.cross_entropy_rows import RowLoss  # noqa: E402
 from fla_compile.kernels.kl_div_rows import Divergence, Side  # noqa: E402
 from fla_compile.kernels.linear_kl_div import linear_kl_div  # noqa: E402
 
@@ -60,7 +61,51 @@ def check_rows(dtype, theirs, V, loss, biased, in_place, spread=3.0, block=None,
     assert keep is None or out[::3].eq(0).all()
 
 
+def check_both(dtype, theirs, V, loss, hard, biased, in_place, spread=3.0, block=None, device="cpu", n=12):
+    """Both losses of a row, and their one gradient, against torch's rows in float64; row 0 counts for neither."""
+    generator = torch.Generator().manual_seed(V)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    a, b = (spread * draw(n, V + 5).to(device, d)[:, :V] for d in (dtype, theirs))
+    bias, their_bias = draw(V).to(device, dtype), draw(V).to(device, theirs)
+    sides = [Side(y, v if biased else None, s) for y, v, s in ((a, bias, 0.7), (b, their_bias, 1.3))]
+    i = torch.arange(n, device=device)
+    keep = i % 3 != 0 if biased else None
+    target = torch.randint(0, V, (n,), generator=generator).to(device)
+    target[i % 6 == 0] = hard.ignore_index
+    target[1] = hard.ignore_index
+    if biased:
+        b[3], a[0] = torch.nan, torch.inf  # what the divergence, or neither loss, may look at
+    factors = draw(n, 2).to(device)
+    want = torch.full((n, V), torch.nan, dtype=torch.float64, device=device)
+    exact = [Side(side.a.double(), side.bias, side.scale) for side in sides]
+    truth = distillation_rows.torch_rows(*exact, keep, target, factors.double(), loss, hard, out=want)
+    out = a.clone() if in_place else torch.full((n, V + 5), torch.nan, dtype=dtype, device=device)[:, :V]
+    own = Side(out if in_place else a, sides[0].bias, sides[0].scale)
+    before = distillation_triton.block_of
+    distillation_triton.block_of = before if block is None else lambda V: (block, 4)
+    distillation_triton._launches.clear()  # they know no block
+    try:
+        alone = distillation_triton.triton_rows(own, sides[1], keep, target, None, loss, hard, out=None)
+        got = distillation_triton.triton_rows(own, sides[1], keep, target, factors, loss, hard, out=out)
+    finally:
+        distillation_triton.block_of = before
+    for first, y, exact in zip(alone, got, truth, strict=True):
+        assert torch.equal(first, y)
+        assert exact.isfinite().all() and (y.double() - exact).abs().max() <= 3e-6 * (1.0 + exact.abs().max())
+    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert (out.double() - want).abs().max() <= tolerance * want.abs().max()
+    assert not biased or (out[0].eq(0).all() and got[0][::3].eq(0).all() and got[0][1] != 0 and got[1][1] == 0)
+
+
+HARD = (RowLoss(), RowLoss(ignore_index=-1, label_smoothing=0.1, logit_scale=1.4, z_loss=0.02))
+
+
 def interpret() -> None:
+    for dtype, theirs in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
+        for i, kind in enumerate(KINDS):
+            for V, block in SIZES:
+                check_both(dtype, theirs, V, Divergence(kind, 0.3), HARD[(i + V) % 2], V != 50, V != 300, block=block)
+                print("ok both", dtype, V, kind)
     for dtype, theirs in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
         for kind in KINDS:
             for V, block in SIZES:
@@ -74,27 +119,28 @@ def interpret() -> None:
 
 @pytest.mark.slow
 def test_interpreted():
-    assert interpreted(__file__) == 2 * 4 * 4 + 4
+    assert interpreted(__file__) == 2 * 2 * 4 * 4 + 4
 
 
-def compile_kernel(arch, dtype, constants, warps):
+def compile_kernel(arch, dtype, constants, warps, kernel=kl_div_triton.divergence_rows_kernel):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     narrow = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    wide = {"p_keep": "*i1", "p_factor": "*fp32", "p_loss": "*fp32"}
+    wide = dict.fromkeys(("p_factor", "p_factors", "p_loss", "p_hard"), "*fp32")
+    wide |= {"p_keep": "*i1", "p_target": "*i64"}
     signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kl_div_triton.divergence_rows_kernel.arg_names):
+    for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
         elif name.startswith("p_"):
             signature[name] = wide.get(name, narrow)
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if name.startswith("stride") or name == "V" else "fp32"
+            signature[name] = "i32" if name.startswith("stride") or name in ("V", "ignore_index") else "fp32"
             if name in ("stride_a", "stride_b", "stride_out"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kl_div_triton.divergence_rows_kernel, signature, values, attributes)
+    source = ASTSource(kernel, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
@@ -124,6 +170,43 @@ def test_compiles(arch, V):
 def test_compiles_all(arch, V, dtype, kind):
     for everything in (False, True):
         check_compiles(arch, V, dtype, kind, everything)
+
+
+def check_both_compiles(arch, V, dtype, kind, everything):
+    block, warps = distillation_triton.block_of(V)
+    constants = dict(
+        BLOCK=block, KIND=kind, HAS_BIAS=everything, HAS_THEIR_BIAS=everything, HAS_KEEP=everything,
+        SMOOTHED=everything, STORE=True,
+    )  # fmt: skip
+    compiled = compile_kernel(arch, dtype, constants, warps, distillation_triton.distillation_rows_kernel)
+    assert compiled.metadata.shared <= 16 * 1024
+    assert stack_bytes(compiled) == 0
+
+
+@pytest.mark.parametrize("V", [32000])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_both_compile(arch, V):
+    """The one with most in registers; `test_both_compile_all` has the others."""
+    check_both_compiles(arch, V, torch.bfloat16, "jensen_shannon", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("V", [256, 2048, 32000])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_both_compile_all(arch, V, dtype, kind):
+    for everything in (False, True):
+        check_both_compiles(arch, V, dtype, kind, everything)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("V", [2, 50, 4096, 4097, 32000, 128256])
+def test_gpu_both(V, kind, dtype):
+    for biased, hard in zip((False, True), HARD, strict=True):
+        check_both(dtype, dtype, V, Divergence(kind, 0.3), hard, biased, biased, device="cuda", n=37)
 
 
 @pytest.mark.gpu

@@ -28,12 +28,6 @@ def teacher_logits_returned(x, w, tx, tw):
     return loss, t.sin()
 
 
-def with_a_cross_entropy(x, w, tx, tw):
-    z, t = F.linear(x, w), F.linear(tx, tw).detach()
-    soft = F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="batchmean")  # here
-    return soft + F.cross_entropy(z.view(-1, V), torch.arange(B * T) % V)
-
-
 def rows_returned(x, w, tx, tw):
     s, t = logs(x, w, tx, tw)
     rows = (t.exp() * (t - s)).sum(-1)
@@ -46,16 +40,6 @@ ESCAPES = [logits_returned, teacher_logits_returned]
 @pytest.mark.parametrize("fn", ESCAPES, ids=lambda fn: fn.__name__)
 def test_escapes(fn):
     assert_refused(fn, layers(), "logits_used", "return the loss alone")
-
-
-def test_a_cross_entropy_of_the_same_logits():
-    backend = Passes()
-    compiled = torch.compile(with_a_cross_entropy, backend=backend, fullgraph=True)
-    assert_same(with_a_cross_entropy, compiled, layers())
-    assert [(r.pattern, r.kernel) for r in backend.report.rewrites] == [("cross_entropy", "as written (Inductor)")]
-    (refusal,) = backend.report.refusals
-    assert (refusal.pattern, refusal.reason) == ("linear_kl_div", "logits_used")
-    assert "return the loss alone" in refusal.detail and refusal.source == here(with_a_cross_entropy)
 
 
 def test_rows_that_are_used_twice():

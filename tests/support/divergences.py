@@ -38,6 +38,22 @@ def assert_divided(
     return report
 
 
+def assert_labelled(fn: Callable, args: Sequence[Any], op: str, kind: str = "forward_kl", **how: Any) -> Report:
+    """`fn` runs as one divergence and one cross entropy of the same logits by `op`; nothing is refused."""
+    backend = Passes()
+    assert_same(fn, torch.compile(fn, backend=backend, fullgraph=True, **how), args)
+    report = backend.report
+    assert report.refusals == (), report.refusals
+    (rewrite,) = report.rewrites
+    assert rewrite.pattern == "linear_kl_div" and rewrite.equation.endswith("l = logsumexp(W x) - (W x)_t")
+    assert rewrite.source.startswith("test_") and rewrite.nodes_before > 0
+    after = code(report)
+    assert after.count(f"torch.ops.fla_compile.{op}.default(") == after.count("torch.ops.fla_compile") == 1
+    gone = "softmax", "logsumexp", "_nn.linear", "matmul", "einsum", "kl_div(", "nll_loss", "functional.cross"
+    assert f"'{kind}'" in after and not any(name in after for name in gone), after
+    return report
+
+
 def assert_refused(fn: Callable, args: Sequence[Any], reason: str, detail: str = "") -> None:
     """`fn` is refused at the line marked "# here" and computes what it did."""
     backend = Passes()
