@@ -68,6 +68,15 @@ def chunks_for(q: Tensor, v: Tensor) -> ModuleType:
     return decay_triton
 
 
+def packed_kernels_for(q: Tensor, v: Tensor) -> ModuleType | None:
+    """Where `packed_forward` and `packed_backward` are for operands like q and v, if there are any."""
+    if kernel_name("gla", q.device.type, q.dtype, q.shape[-1], v.shape[-1]) != "chunk (Triton)":
+        return None
+    from fla_compile.kernels import decay_triton_packed  # triton may be absent
+
+    return decay_triton_packed
+
+
 def value_kernels_for(q: Tensor, v: Tensor, g: Tensor | None) -> ModuleType | None:
     """Where `chunk_forward` and `chunk_backward` of a decay over values are, beside g; None: in `decay_cpu`."""
     family = "gla_values" if g is None else "gla_both"

@@ -4,7 +4,8 @@
 
 Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Where these are
 too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the
-sums are chained to the state before each segment, and the segments then run side by side.
+sums are chained to the state before each segment, and the segments then run side by side. Packed sequences are such
+segments too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
 """
 
 import functools
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import Config, configs_for
@@ -26,6 +26,14 @@ from fla_compile.kernels.decay_scan_gates import (
     chunk_scan_rows_kernel,
     largest_range,
 )
+from fla_compile.kernels.decay_segments import (
+    Packing,
+    Part,
+    chain_joints_kernel,
+    chain_segments_kernel,
+    pack,
+    segment_count,
+)
 from fla_compile.kernels.decay_triton_common import (
     KINDS,
     device_arch,
@@ -35,50 +43,14 @@ from fla_compile.kernels.decay_triton_common import (
 )
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 
-__all__ = ["Scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
+__all__ = ["Scans", "pack_scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
 
 # Programs that run side by side on a multiprocessor before it is full.
 RESIDENT = 2
-# A segment shorter than this many chunks costs more in states than it gains.
-SHORTEST = 4
 # So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
 FEW_STEPS = 16
 # The second launch of a pass with gates by channel works on few programs, if any: what counts is that it is right.
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
-
-
-@triton.jit(do_not_specialize=["H", "n_s"])
-def chain_segments_kernel(
-    p_u, p_gt, p_s0, p_st, s_in, s_st, H, n_s,
-    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr, FINAL: tl.constexpr,
-):  # fmt: skip
-    """p_u [B, segments, H, K, V] holds what each segment adds, and gets the state before it; one program for
-    each (b, h) and block of the state. p_gt: the segments' log decays [B, segments, H], or, in base 2, [.., K]."""
-    NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
-    i_p = tl.program_id(0)
-    i_bh = i_p // NB
-    i_h = i_bh % H
-    i_b = i_bh // H
-    o_s = (i_p % NB) * BLOCK + tl.arange(0, BLOCK)
-    m_s = o_s < K * V
-    b_s = tl.zeros((BLOCK,), tl.float32)
-    if HAS_S0:
-        b_s += tl.load(p_s0 + i_bh.to(tl.int64) * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
-    for i_n in range(n_s):
-        i_s = i_n
-        if REVERSE:
-            i_s = n_s - 1 - i_n
-        i_u = ((i_b * n_s + i_s) * H + i_h).to(tl.int64)
-        b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
-        tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
-        if DECAY == 3:
-            b_s *= tl.exp2(tl.load(p_gt + i_u * K + o_s // V, mask=m_s, other=0.0))
-        elif DECAY != 0:
-            b_s *= tl.exp(tl.load(p_gt + i_u))
-        b_s += b_u
-    if FINAL:
-        tl.store(p_st + i_bh.to(tl.int64) * (K * V) + o_s, b_s * s_st, mask=m_s)
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}
@@ -106,8 +78,12 @@ class Scans:
     @property
     def length(self) -> int:
         """Steps of a segment, the same for both shapes of pass: whole chunks of either, but for the last one's."""
-        chunk = max(self.wide.chunk, self.tall.chunk)
-        return triton.cdiv(triton.cdiv(self.T, chunk), self.segments) * chunk
+        return triton.cdiv(triton.cdiv(self.T, self.chunk), self.segments) * self.chunk
+
+    @property
+    def chunk(self) -> int:
+        """Segments but the last are whole chunks of so many steps: of either shape of pass."""
+        return max(self.wide.chunk, self.tall.chunk)
 
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
@@ -130,47 +106,61 @@ def _plan(
             return None
         found.append(rows[0])
     wide, tall = found[0], found[-1]
-    if segments is None:
-        blocks = triton.cdiv(V, wide.block_v)
-        programs = B * H * (blocks if forward else min(blocks, triton.cdiv(K, tall.block_v)))
-        room = RESIDENT * multiprocessors(device)
-        most = T // (SHORTEST * max(wide.chunk, tall.chunk))
-        segments = max(1, min(most, room // programs)) if programs < room // RESIDENT else 1
     # the two directions cut time alike, whatever their chunks
     chunk = max(wide.chunk, tall.chunk)
+    if segments is None:
+        cut = _cutting(device, H, V if forward else K, V, wide, tall)
+        segments = segment_count(T, steps=B * T, chunk=chunk, **cut)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
     return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit)
 
 
+def _cutting(device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config) -> dict[str, int]:
+    """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
+    programs = H * min(triton.cdiv(V, wide.block_v), triton.cdiv(K, tall.block_v))
+    return dict(programs=programs, room=RESIDENT * multiprocessors(device), resident=RESIDENT)
+
+
+def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device, longest: int | None = None) -> Packing:
+    """The segments of packed sequences from `bounds[n][0]` up to `bounds[n][1]` of plan.T steps.
+
+    `longest` asks for segments of about so many steps at most, in place of what fills the device.
+    """
+    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall)
+    return pack(bounds, device, chunk=plan.chunk, state_chunk=plan.tall.chunk, longest=longest, **cut)
+
+
 def _launch(
     plan: Scans, x: Tensor | None, z: Tensor, w: Tensor, g: Tensor | None, y: Tensor | None, *, tall: bool,
     reverse: bool, s0: Tensor | None, scales: tuple[float, float, float], st: Tensor | None = None,
     gt: Tensor | None = None, part: int = 0, e: Tensor | None = None, h: Tensor | None = None,
-    dg: Tensor | None = None, ranges: Tensor | None = None,
+    dg: Tensor | None = None, ranges: Tensor | None = None, packed: Part | None = None,
 ) -> None:  # fmt: skip
     """One pass over time. Without y only the segments' own states, to st, and decays, to gt."""
     operands: tuple[Tensor | None, ...] = x, z, w, g, s0, y, st, gt
     numbers, exacts = tuple(map(float, scales)), (False,)  # an integer would be a number of the compilation
     if plan.kind == "vector":
         if ranges is None:
-            ranges = _ranges(plan, _programs(plan, w, tall), z)
+            ranges = _ranges(plan, _programs(plan, w, tall, packed), z)
         operands = (x, z, w, g, e, s0, y, st, ranges, h, dg) if tall else (*operands, ranges)
         numbers, exacts = (*numbers, float(plan.limit)), (True,) if plan.limit < 0 else (False, True)
+    operands += (None, None) if packed is None else (packed.table, packed.joints)
     layouts = tuple(map(layout, operands))
     for exact in exacts:
         key = (plan, tall, reverse, part, exact, layouts)
         launch = _launches.get(key)
         if launch is None:
-            launch = _launch_pass(plan, z, w, tall, reverse, part, exact, s0 is not None, y is not None, st is not None)
+            given = s0 is not None, y is not None, st is not None
+            launch = _launch_pass(plan, z, w, tall, reverse, part, exact, *given, packed)
             remember(_launches, key, launch)
         launch(*operands, *numbers)
 
 
 def _launch_pass(
     plan: Scans, z: Tensor, w: Tensor, tall: bool, reverse: bool, part: int, exact: bool, has_s0: bool, output: bool,
-    final: bool,
+    final: bool, packed: Part | None,
 ) -> Launch:  # fmt: skip
     config = plan.tall if tall else plan.wide
     # only the tiles of the table are known to compile to what they mean: smaller sizes are masked, not given others
@@ -178,7 +168,7 @@ def _launch_pass(
         plan.T, plan.length, plan.segments, plan.H, z.shape[-1], w.shape[-1], config.chunk, config.block_k,
         config.block_v,
     )  # fmt: skip
-    common = tall, has_s0, plan.T % config.chunk == 0
+    common = tall, has_s0, packed is None and plan.T % config.chunk == 0
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel: Any = chunk_scan_kernel
     flags: tuple[Any, ...] = (KINDS[plan.kind], reverse, output, final, *common)
@@ -186,11 +176,12 @@ def _launch_pass(
         kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
         flags = (reverse, part if tall else output, final, *common, exact)
         options = EXACT_OPTIONS if exact else options
-    return Launch(kernel, z.device, (_programs(plan, w, tall),), (*sizes, *flags, plan.precision), **options)
+    return Launch(kernel, z.device, (_programs(plan, w, tall, packed),), (*sizes, *flags, plan.precision), **options)
 
 
-def _programs(plan: Scans, w: Tensor, tall: bool) -> int:
-    return plan.B * plan.segments * plan.H * triton.cdiv(w.shape[-1], (plan.tall if tall else plan.wide).block_v)
+def _programs(plan: Scans, w: Tensor, tall: bool, packed: Part | None = None) -> int:
+    segments = plan.B * plan.segments if packed is None else packed.table.shape[0]
+    return segments * plan.H * triton.cdiv(w.shape[-1], (plan.tall if tall else plan.wide).block_v)
 
 
 def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
@@ -220,17 +211,50 @@ def _chain(
     return u
 
 
+def _packed_chain(
+    plan: Scans, packing: Packing, z: Tensor, w: Tensor, g: Tensor | None, s0: Tensor | None, *, reverse: bool,
+    s_in: float,
+) -> Part:  # fmt: skip
+    """What a pass over the sequences is told: their table, and the states where segments meet if any do."""
+    if not packing.joints:
+        return packing.part(None)
+    H, K, V = plan.H, plan.K, plan.V
+    u = torch.empty(packing.joints, H, K, V, dtype=torch.float32, device=z.device)
+    per_key = (K,) if plan.kind == "vector" else ()
+    gt = torch.empty(packing.joints, H, *per_key, dtype=torch.float32, device=z.device)
+    _launch(
+        plan, None, z, w, g, None, tall=False, reverse=reverse, s0=None, scales=(1.0, 1.0, 1.0), st=u, gt=gt,
+        packed=packing.sums(reverse),
+    )  # fmt: skip
+    rows = packing.chain()
+    key = ("joints", plan, reverse, layout(s0), rows.shape, u.device)
+    launch = _launches.get(key)
+    if launch is None:
+        block = min(1024, triton.next_power_of_2(K * V))
+        numbers = H, K, V, block, KINDS[plan.kind], reverse, s0 is not None
+        grid = (rows.shape[0] * H * triton.cdiv(K * V, block),)
+        launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
+        remember(_launches, key, launch)
+    launch(u, gt, s0, rows, float(s_in))
+    return packing.part(u)
+
+
 @compiled_together
 def scan_forward(
-    plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Outputs [B, T, H, V] and the final state [B, H, K, V] in float32; all operands contiguous."""
+    plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, *,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs [B, T, H, V] and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands contiguous."""
     o = torch.empty_like(v)
-    ht = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
+    states = plan.B if packing is None else packing.sequences
+    ht = torch.empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
     final: Tensor | None = ht
-    if plan.segments > 1:
+    packed = None
+    if packing is not None:
+        packed = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
+    elif plan.segments > 1:
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
-    _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0), st=final)
+    _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0), st=final, packed=packed)
     return o, ht
 
 
@@ -252,7 +276,7 @@ def scan_query_grad(
 @compiled_together
 def scan_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
-    dht: Tensor | None, *, need_dg: bool, o: Tensor | None = None,
+    dht: Tensor | None, *, need_dg: bool, o: Tensor | None = None, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients (dq, dk, dv, dg, dh0); dg as g and dh0 as h0 in float32; all operands contiguous.
 
@@ -264,31 +288,35 @@ def scan_backward(
     B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
-    dh0 = None if h0 is None else torch.empty(B, H, K, V, **wide)
+    dh0 = None if h0 is None else torch.empty(h0.shape, **wide)
     down, final = 1.0 / scale, dh0
-    if plan.segments > 1:
+    ahead = back = None
+    if packing is not None:
+        ahead = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
+        back = _packed_chain(plan, packing, q, do, g, dht, reverse=True, s_in=down)
+    elif plan.segments > 1:
         h0 = _chain(plan, k, v, g, h0, None, reverse=False, s_in=1.0, s_st=1.0)
         dht = _chain(plan, q, do, g, dht, dh0, reverse=True, s_in=down, s_st=scale)
         down, final = 1.0, None
     if o is not None:
-        _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0))
+        _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0), packed=ahead)
 
     h = dg = ranges = None
     if plan.kind == "vector":
-        ranges = _ranges(plan, _programs(plan, k, True), q)
+        ranges = _ranges(plan, _programs(plan, k, True, ahead), q)
     parts = (PLAIN.value, PLAIN.value)
     if plan.kind == "vector" and need_dg:
         parts = (QUERIES.value, KEYS.value)
-        chunks = B * plan.segments * H * (plan.length // plan.tall.chunk)
-        h = torch.empty(chunks, V, K, dtype=q.dtype, device=q.device)
+        chunks = B * plan.segments * (plan.length // plan.tall.chunk) if packing is None else packing.chunks
+        h = torch.empty(chunks * H, V, K, dtype=q.dtype, device=q.device)
         dg = torch.empty(B, T, H, K, **wide)
     _launch(
         plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0),
-        part=parts[0], e=q, h=h, dg=dg, ranges=ranges,
+        part=parts[0], e=q, h=h, dg=dg, ranges=ranges, packed=ahead,
     )  # fmt: skip
     _launch(
         plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0),
-        part=parts[1], e=k, h=h, dg=dg, ranges=ranges,
+        part=parts[1], e=k, h=h, dg=dg, ranges=ranges, packed=back,
     )  # fmt: skip
-    _launch(plan, k, q, do, g, dv, tall=False, reverse=True, s0=dht, scales=(down, scale, scale), st=final)
+    _launch(plan, k, q, do, g, dv, tall=False, reverse=True, s0=dht, scales=(down, scale, scale), st=final, packed=back)
     return dq, dk, dv, dg, dh0

@@ -4,7 +4,8 @@
 
 One forward operator for each family in `OPS`, so that a graph says what it runs, and one backward for all of them:
 the rank of g tells the families apart. CPU runs `decay_cpu`, CUDA runs `decay_triton`, and forward over few steps
-`decay_step_triton` where that is checked. A decay over values and RWKV-6's reading are operators of their own, in
+`decay_step_triton` where that is checked. Packed sequences run `decay_triton_packed` as they lie where it takes them,
+and are gathered elsewhere (`packed`). A decay over values and RWKV-6's reading are operators of their own, in
 `decay_values` and `rwkv6_ops`; `decay_step` has those that update a state in place.
 """
 
@@ -21,6 +22,7 @@ from fla_compile.kernels.decay_checks import (
     check_operands,
     chunks_for,
     kernel_name,
+    packed_kernels_for,
     state_dtype,
     steps_for,
     supports,
@@ -145,8 +147,79 @@ def _register(family: str) -> OpOverload:
 
 
 OPS = {family: _register(family) for family in ("linear_attention", "retention", "simple_gla", "gla")}
-# a constant decay would go on through the steps that fill a batch: packed, retention is simple_gla
-PACKED = {family: register_packed(OPS[family], _setup_context, _backward) for family in OPS if family != "retention"}
+
+
+def _forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, scale: float, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    kernels = packed_kernels_for(q, v)
+    return None if kernels is None else kernels.packed_forward(q, k, v, g, initial_state, scale, cu_seqlens)
+
+
+def _backward_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    do: Tensor | None,
+    dht: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...] | None:
+    kernels = packed_kernels_for(q, v)
+    if kernels is None:
+        return None
+    operands = q, k, v, g, initial_state, scale, cu_seqlens, do, dht
+    return kernels.packed_backward(*operands, need_dg=g is not None and wanted[3])
+
+
+# A constant decay would go on through the steps that fill a batch: gathered, retention is simple_gla.
+def _forward_retention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None, scale: float, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    whole = _forward_packed(q, k, v, g, initial_state, scale, cu_seqlens)
+    if whole is not None:
+        return whole
+    return PACKED["simple_gla"](q, k, v, g.expand(q.shape[:3]), initial_state, scale, cu_seqlens)
+
+
+def _backward_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    do: Tensor | None,
+    dht: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    whole = _backward_packed(q, k, v, g, initial_state, scale, cu_seqlens, do, dht, wanted)
+    if whole is not None:
+        return whole
+    operands = q, k, v, g.expand(q.shape[:3]), initial_state, scale, cu_seqlens, None, do, dht
+    dq, dk, dv, dg, dh0 = torch.ops.fla_compile.simple_gla_packed_backward(*operands, wanted[:5])
+    return dq, dk, dv, dg.sum((0, 1)) if wanted[3] else None, dh0
+
+
+PACKED = {
+    family: register_packed(
+        OPS[family], _setup_context, _backward, forward_packed=_forward_packed, backward_packed=_backward_packed
+    )
+    for family in OPS
+    if family != "retention"
+}
+PACKED["retention"] = register_packed(
+    OPS["retention"],
+    _setup_context,
+    _backward,
+    shared=("g",),
+    forward_packed=_forward_retention,
+    backward_packed=_backward_retention,
+)
 
 
 def linear_attention(
@@ -194,9 +267,7 @@ def retention(
     else:
         check_gate("gamma", gamma, FAMILIES["retention"], q, v)
     g = gamma.to(state_dtype(q)).log()
-    if cu_seqlens is None:
-        return _run("retention", q, k, v, g, scale, initial_state, output_final_state)
-    return _run("simple_gla", q, k, v, g.expand(q.shape[:3]), scale, initial_state, output_final_state, cu_seqlens)
+    return _run("retention", q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def simple_gla(
@@ -263,7 +334,7 @@ def _run(
     scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     check_operands(family, q, k, v, check_packed("q", q, cu_seqlens, initial_state))
     if g is not None:

@@ -18,20 +18,25 @@ In chunks of C rows, with c_i the sum of g from the start of the chunk to row i 
 
 All exponents are <= 0 where g <= 0.
 
-Time may be cut into segments of L steps, each its own program with its own initial state (`decay_segments`).
+Time may be cut into segments of L steps, each its own program with its own initial state, or into those of a table of
+packed sequences (`decay_segments`).
 Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
 """
 
 import triton
 import triton.language as tl
 
+from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_triton_common import NO_DECAY, row_decay
 
 __all__ = [
     "chunk_scan_kernel",
     "load_state",
     "load_tile",
+    "packed_program",
+    "packed_state",
     "segment_program",
+    "store_packed",
     "store_state",
     "store_tile",
     "tile_mask",
@@ -49,6 +54,55 @@ def segment_program(T, H: tl.constexpr, L, n_s, W: tl.constexpr, BW: tl.constexp
     i_n = i_nh // H
     t_a = (i_n % n_s) * L
     return i_p % NW, i_nh.to(tl.int64), i_h, (i_n // n_s).to(tl.int64) * T * H + i_h, t_a, tl.minimum(t_a + L, T)
+
+
+@triton.jit
+def packed_program(p_table, H: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
+    """One program for each row of the table, head and W block: block, state and head together, head, first row, first
+    and last step, first chunk, and joint and head together, below 0 where the sequence's own state is the first.
+    """
+    NW: tl.constexpr = tl.cdiv(W, BW)
+    FROM: tl.constexpr = 5 if REVERSE else 4
+    i_p = tl.program_id(0)
+    i_h = (i_p // NW) % H
+    p_row = p_table + (i_p // NW // H) * COLUMNS
+    t_a = tl.load(p_row)
+    t_e = tl.load(p_row + 1)
+    i_c = tl.load(p_row + 2).to(tl.int64) * H + i_h * tl.cdiv(t_e - t_a, C)
+    i_nh = tl.load(p_row + 3).to(tl.int64) * H + i_h
+    i_u = tl.load(p_row + FROM).to(tl.int64) * H + i_h
+    return i_p % NW, i_nh, i_h, i_h.to(tl.int64), t_a, t_e, i_c, i_u
+
+
+@triton.jit
+def packed_state(
+    p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s,
+    X: tl.constexpr, W: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr,
+):  # fmt: skip
+    """The state before a segment: that of a joint, or of the sequence."""
+    b_s = tl.zeros((BX, BW), tl.float32)
+    if p_u is not None:
+        if i_u >= 0:
+            b_s = load_state(p_u, i_u, o_x, o_w, m_s, X, W, TRANSPOSED)
+        elif HAS_S0:
+            b_s = load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
+    elif HAS_S0:
+        b_s = load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
+    return b_s
+
+
+@triton.jit
+def store_packed(
+    p_st, p_table, b_s, o_x, o_w, m_s,
+    H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The state after a segment, where its sequence ends; the table is asked again: the loop has no register left."""
+    TO: tl.constexpr = 4 if REVERSE else 5
+    i_nh = tl.program_id(0) // tl.cdiv(W, BW)
+    p_row = p_table + (i_nh // H) * COLUMNS
+    if tl.load(p_row + TO) < 0:
+        store_state(p_st, tl.load(p_row + 3).to(tl.int64) * H + i_nh % H, b_s, o_x, o_w, m_s, X, W)
 
 
 @triton.jit
@@ -99,16 +153,20 @@ def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "L", "n_s"])
 def chunk_scan_kernel(
-    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, s_in, s_y, s_st, T, L, n_s,
+    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_table, p_u, s_in, s_y, s_st, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BX covers X. Without OUTPUT only the final state is written, to p_st, and the segment's decay to p_gt.
 
-    The initial state is read times s_in, y is written times s_y, the final state times s_st.
+    The initial state is read times s_in, y is written times s_y, the final state times s_st. Packed sequences have a
+    table, and states p_u where their segments meet if any does.
     """
-    i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    if p_table is None:
+        i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    else:
+        i_w, i_nh, i_h, i_seq, t_a, t_e, _, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
@@ -117,7 +175,9 @@ def chunk_scan_kernel(
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
     b_s = tl.zeros((BX, BW), tl.float32)
     b_total = 0.0
-    if HAS_S0:
+    if p_table is not None:
+        b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
+    elif HAS_S0:
         b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
     for i_n in range(n_c):
         i_c = i_n
@@ -168,7 +228,10 @@ def chunk_scan_kernel(
             b_total += s_hi + s_lo
         b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision=PRECISION)
     if FINAL:
-        store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        if p_table is None:
+            store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        else:
+            store_packed(p_st, p_table, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not OUTPUT:
         if DECAY != NO_DECAY:
             tl.store(p_gt + i_nh, b_total, mask=i_w == 0)

@@ -34,7 +34,10 @@ import triton.language as tl
 from fla_compile.kernels.decay_scan import (
     load_state,
     load_tile,
+    packed_program,
+    packed_state,
     segment_program,
+    store_packed,
     store_state,
     store_tile,
     tile_mask,
@@ -69,7 +72,7 @@ def load_row(p_x, o_col, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_rows_kernel(
-    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_range, s_in, s_y, s_st, limit, T, L, n_s,
+    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_range, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,7 +81,10 @@ def chunk_scan_rows_kernel(
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    if p_table is None:
+        i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    else:
+        i_w, i_nh, _, i_seq, t_a, t_e, _, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
@@ -89,7 +95,9 @@ def chunk_scan_rows_kernel(
     b_s = tl.zeros((BX, BW), tl.float32)
     b_total = tl.zeros((BX,), tl.float32)
     b_range = tl.zeros((BX,), tl.float32)
-    if HAS_S0:
+    if p_table is not None:
+        b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
+    elif HAS_S0:
         b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
     for i_n in range(n_c):
         t_0 = t_a + i_n * C
@@ -159,7 +167,10 @@ def chunk_scan_rows_kernel(
         if not EXACT:
             b_s *= b_half[:, None]
     if FINAL:
-        store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        if p_table is None:
+            store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        else:
+            store_packed(p_st, p_table, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not OUTPUT:
         tl.store(p_gt + i_nh * X + o_x, b_total, mask=(o_x < X) & (i_w == 0))
     if not EXACT:
@@ -168,7 +179,7 @@ def chunk_scan_rows_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_columns_kernel(
-    p_x, p_z, p_w, p_g, p_e, p_s0, p_y, p_st, p_range, p_h, p_dg, s_in, s_y, s_st, limit, T, L, n_s,
+    p_x, p_z, p_w, p_g, p_e, p_s0, p_y, p_st, p_range, p_h, p_dg, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, PART: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -182,10 +193,14 @@ def chunk_scan_columns_kernel(
     elif PART == KEYS:
         if tl.load(p_range + tl.program_id(0)) > limit:
             return
-    i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    if p_table is None:
+        i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    else:
+        i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
-    i_state = i_nh * tl.cdiv(L, C)
+    if p_table is None:
+        i_state = i_nh * tl.cdiv(L, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
     o_w = i_w * BW + tl.arange(0, BW)
@@ -193,7 +208,9 @@ def chunk_scan_columns_kernel(
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
     b_s = tl.zeros((BX, BW), tl.float32)
     b_range = tl.zeros((BW,), tl.float32)
-    if HAS_S0:
+    if p_table is not None:
+        b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
+    elif HAS_S0:
         b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
     for i_n in range(n_c):
         i_c = i_n
@@ -277,7 +294,10 @@ def chunk_scan_columns_kernel(
         if not EXACT:
             b_s *= b_half[None, :]
     if FINAL:
-        store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        if p_table is None:
+            store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        else:
+            store_packed(p_st, p_table, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not EXACT:
         if PART != KEYS:
             tl.store(p_range + tl.program_id(0), tl.max(b_range, 0))

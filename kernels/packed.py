@@ -1,10 +1,11 @@
 """Packed sequences: one row of steps [1, T, ...] that holds N sequences end to end, each with a state of its own.
 
 Sequence n is steps cu_seqlens[n] to cu_seqlens[n + 1] - 1; cu_seqlens [N + 1] starts at 0, rises, and ends at T. States
-are [N, ...]. `register_packed` makes of an operator another one, `<name>_packed`, that takes cu_seqlens: it gathers
-sequences of about the same length into batches of the operator, filled up with steps that leave the state alone (decays
-of one, keys and inputs of zero), and puts the results back in place. Lengths are rounded up to three binary digits, so
-a batch is at most a quarter larger than what it holds, and there are at most four for each doubling of the length.
+are [N, ...]. `register_packed` makes of an operator another one, `<name>_packed`, that takes cu_seqlens. Kernels that
+take sequences as they lie run where there are any. Elsewhere sequences of about the same length are gathered into
+batches of the operator, filled up with steps that leave the state alone (decays of one, keys and inputs of zero), and
+the results are put back in place. Lengths are rounded up to three binary digits, so a batch is at most a quarter larger
+than what it holds, and there are at most four for each doubling of the length.
 
 The boundaries are read on the host, once forward and once backward: keep cu_seqlens on the CPU where that matters.
 """
@@ -114,11 +115,16 @@ def register_packed(
     shared: Sequence[str] = (),
     fill: Mapping[str, float] | None = None,
     keep_output: bool = False,
+    forward_packed: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
+    backward_packed: Callable[..., tuple[Tensor | None, ...] | None] | None = None,
 ) -> torch.library.CustomOpDef:
     """The operator `<name>_packed`: the arguments of `op`, then cu_seqlens; states and outputs as this file has them.
 
     `setup_context` and `backward` are what `op` has registered. `shared` names its tensors without steps, `fill` what
     fills the steps beyond a sequence where that is not zero, `keep_output` says that `setup_context` reads the output.
+
+    `forward_packed(*arguments, cu_seqlens)` and `backward_packed(*arguments, cu_seqlens, do, dht, wanted)`, with a
+    gradient for each argument of `op` that is `wanted`, take the sequences as they lie, or return None: gathered, then.
     """
     schema = op._schema
     names = [argument.name for argument in schema.arguments]
@@ -141,6 +147,9 @@ def register_packed(
 
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         *own, cu_seqlens = args
+        whole = None if forward_packed is None else forward_packed(*args)
+        if whole is not None:
+            return whole
         o = final = None
         for batch in _batches(cu_seqlens, own[0]):
             found, state = op(*batch_arguments(own, batch))
@@ -161,10 +170,13 @@ def register_packed(
 
     def gradients(*args: Any) -> list[Tensor]:
         own, (cu_seqlens, o, do, dht, needs) = args[:size], args[size:]
-        found = [_empty(own[i] if need else None, kinds[i], own[0]) for i, need in zip(tensors, needs, strict=True)]
         wanted = [False] * size
         for i, need in zip(tensors, needs, strict=True):
             wanted[i] = need
+        whole = None if backward_packed is None else backward_packed(*own, cu_seqlens, do, dht, wanted)
+        if whole is not None:
+            return [_given(whole[i], own[i] if need else None, own[0]) for i, need in zip(tensors, needs, strict=True)]
+        found = [_empty(own[i] if need else None, kinds[i], own[0]) for i, need in zip(tensors, needs, strict=True)]
         for batch in _batches(cu_seqlens, own[0]):
             inputs = batch_arguments(own, batch)
             ctx = _Context(wanted)
@@ -279,3 +291,11 @@ def _empty(x: Tensor | None, kind: str | None, like: Tensor) -> Tensor:
     if kind == SHARED:
         return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _given(grad: Tensor | None, x: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient of x in its dtype; an operator returns tensors only, so also without x."""
+    if x is None:
+        return like.new_empty(0)
+    assert grad is not None
+    return grad.to(x.dtype)

@@ -30,6 +30,7 @@ SCALE = 0.3
 KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True))
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
+WIDE |= {"p_u"}
 # Narrow operands spill nothing. Float32 products are unrolled into thousands of instructions, where ptxas may set aside
 # up to four registers even when it has free ones; so are the elementwise products of the exact launch.
 STACK = {2: 0, 4: 16}
@@ -208,15 +209,17 @@ def kernels_of(row, kind, values=None):
     return found
 
 
-def passes_of(row, kind, values=None):
+def passes_of(row, kind, values=None, packed=False):
     config, tall = TABLE[row][0], row.launch == "tall"
     found = []
     for reverse in (False, True):
         part = (1 + reverse) * tall
         meta = dict(
             H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
-            REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse,
+            REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse and not packed,
         )  # fmt: skip
+        if not packed:
+            meta.update(p_table=None, p_u=None)
         if kind != "vector":
             meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
             found.append((decay_scan.chunk_scan_kernel, meta))
@@ -244,7 +247,7 @@ def compile_kernel(kernel, constants, row, kind, precision):
         if name in constants or name in unused:
             signature[name], values[(i,)] = "constexpr", constants.get(name)
         elif name.startswith("p_"):
-            signature[name] = "*fp32" if name in wide else POINTERS[row.nbytes]
+            signature[name] = "*i32" if name == "p_table" else "*fp32" if name in wide else POINTERS[row.nbytes]
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in ("scale", "s_in", "s_y", "s_st", "limit") else "i32"
@@ -275,21 +278,6 @@ def test_compiles(row, kind, precision):
         assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
         stack = STACK[4 if constants.get("EXACT") else row.nbytes]
         assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_many_values_compile(arch, kind):
-    """512 values: the split launch for up to 256 keys, and the passes that hold up to 128 keys of them."""
-    for row in (row for row in TABLE if row.arch == arch and row.family == KINDS[kind]):
-        if row.launch == "tall" or (row.launch == "split" and row.size < 256):
-            continue
-        for kernel, constants in kernels_of(row, kind, 512):
-            compiled = compile_kernel(kernel, constants, row, kind, "ieee")
-            assert compiled.metadata.shared <= TABLE[row][0].shared, f"{row} {kernel.fn.__name__}"
-            stack = 96 if constants.get("EXACT") else STACK[row.nbytes]  # what seldom runs may wait for memory
-            assert stack_bytes(compiled) <= stack, f"{row} {kernel.fn.__name__}: {stack_bytes(compiled)} bytes of stack"
 
 
 # Every row of the table is met by every family; lengths and decays at length by the families with most code.
@@ -348,21 +336,6 @@ def test_gpu(family, dtype, record_property):
         line = " ".join(map(str, key))
         print(f"{error:.1e}  {line}")
         record_property(line, error)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("dtype", "K", "V"),
-    [(torch.bfloat16, 64, 512), (torch.bfloat16, 128, 256), (torch.bfloat16, 256, 512), (torch.float32, 40, 300)],
-)
-def test_gpu_many_values(family, dtype, K, V):
-    """As the tables choose: outputs by passes where there are up to 128 keys, the rest by the split launch."""
-    case = Case(family, 130, "weak", B=1, H=2, K=K, V=V)
-    x = on_gpu(make_inputs(case, dtype))
-    got, again = run_kernels(x), run_kernels(x)
-    assert all(torch.equal(y, again[name]) for name, y in got.items())
-    check_results(case, x, got, dtype)
 
 
 @pytest.mark.gpu

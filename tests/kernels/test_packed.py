@@ -31,9 +31,7 @@ LENGTHS = {
     "ones": (1, 1, 1, 1),
 }
 OPERATORS = {
-    "linear_attention": decay_ops.PACKED["linear_attention"],
-    "simple_gla": decay_ops.PACKED["simple_gla"],
-    "gla": decay_ops.PACKED["gla"],
+    **decay_ops.PACKED,
     "gla_values": decay_values.gla_values_packed,
     "gla_both": decay_values.gla_values_packed,
     "rwkv6": rwkv6_ops.rwkv6_packed,
@@ -164,6 +162,7 @@ def test_opcheck(family):
     operands = {name: x.requires_grad_() for name, x in _operands(family, lengths, torch.float32).items()}
     schema = OPERATORS[family]._opoverload._schema
     operands |= {"scale": 0.3, "cu_seqlens": _bounds(lengths), "u": operands.get("u", operands.get("x"))}
+    operands |= {"g": operands.get("g", operands.get("gamma"))}
     args = [operands.get(argument.name) for argument in schema.arguments]
     torch.library.opcheck(OPERATORS[family], args)
     args[[argument.name for argument in schema.arguments].index("initial_state")] = None

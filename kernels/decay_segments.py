@@ -1,0 +1,179 @@
+"""Time cut into segments for the passes of `decay_scan`: the chain between them, and the table of packed sequences.
+
+Each segment is a program with its own initial state. A first pass sums up what a segment adds to the state; the sums
+are chained, S' = e^G S + U with G the segment's log decay, to the state before each; then all segments run at once.
+
+Unpacked, all segments are of one length. Packed sequences have a table on the device, one row a segment, the longest
+first, so that no long one begins when the others end. A sequence of one segment starts from its own initial state and
+writes its own final one: where no sequence is cut there is nothing to chain. Where two segments of a sequence meet is a
+*joint*: forward it keeps the state after the segment before it, in reverse the gradient from the segment after it.
+"""
+
+from array import array
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments_kernel", "pack", "segment_count"]
+
+# A segment shorter than this many chunks costs more in states than it gains.
+SHORTEST = 4
+# Numbers of a row of a table; those in use, then zeros up to 32 bytes, so that every slice begins at a multiple of 16.
+COLUMNS = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["H", "n_s"])
+def chain_segments_kernel(
+    p_u, p_gt, p_s0, p_st, s_in, s_st, H, n_s,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr, FINAL: tl.constexpr,
+):  # fmt: skip
+    """p_u [B, segments, H, K, V] holds what each segment adds, and gets the state before it; one program for
+    each (b, h) and block of the state. p_gt: the segments' log decays [B, segments, H], or, in base 2, [.., K]."""
+    NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
+    i_p = tl.program_id(0)
+    i_bh = i_p // NB
+    i_h = i_bh % H
+    i_b = i_bh // H
+    o_s = (i_p % NB) * BLOCK + tl.arange(0, BLOCK)
+    m_s = o_s < K * V
+    b_s = tl.zeros((BLOCK,), tl.float32)
+    if HAS_S0:
+        b_s += tl.load(p_s0 + i_bh.to(tl.int64) * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
+    for i_n in range(n_s):
+        i_s = i_n
+        if REVERSE:
+            i_s = n_s - 1 - i_n
+        i_u = ((i_b * n_s + i_s) * H + i_h).to(tl.int64)
+        b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
+        tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
+        if DECAY == 3:
+            b_s *= tl.exp2(tl.load(p_gt + i_u * K + o_s // V, mask=m_s, other=0.0))
+        elif DECAY != 0:
+            b_s *= tl.exp(tl.load(p_gt + i_u))
+        b_s += b_u
+    if FINAL:
+        tl.store(p_st + i_bh.to(tl.int64) * (K * V) + o_s, b_s * s_st, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["H"])
+def chain_joints_kernel(
+    p_u, p_gt, p_s0, p_table, s_in, H,
+    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr,
+):  # fmt: skip
+    """p_u [joints, H, K, V] holds what the segment on one side of a joint adds, and gets the state there; one program
+    for each row of the table (first joint, number of joints, sequence), head and block of the state. p_gt: those
+    segments' log decays [joints, H], or, in base 2, [joints, H, K]."""
+    NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
+    i_p = tl.program_id(0)
+    i_h = (i_p // NB) % H
+    p_row = p_table + (i_p // NB // H) * COLUMNS
+    i_first = tl.load(p_row)
+    n_u = tl.load(p_row + 1)
+    o_s = (i_p % NB) * BLOCK + tl.arange(0, BLOCK)
+    m_s = o_s < K * V
+    b_s = tl.zeros((BLOCK,), tl.float32)
+    if HAS_S0:
+        i_s = tl.load(p_row + 2).to(tl.int64) * H + i_h
+        b_s += tl.load(p_s0 + i_s * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
+    for i_n in range(n_u):
+        i_j = i_first + i_n
+        if REVERSE:
+            i_j = i_first + n_u - 1 - i_n
+        i_u = i_j.to(tl.int64) * H + i_h
+        b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
+        if DECAY == 3:
+            b_s *= tl.exp2(tl.load(p_gt + i_u * K + o_s // V, mask=m_s, other=0.0))
+        elif DECAY != 0:
+            b_s *= tl.exp(tl.load(p_gt + i_u))
+        b_s += b_u
+        tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
+
+
+def segment_count(length: int, *, steps: int, programs: int, chunk: int, room: int, resident: int) -> int:
+    """Into how many segments to cut a sequence of `length` of all `steps`, with `programs` programs for each step.
+
+    A device has room for so many programs, `resident` of them on a multiprocessor. What is more than `resident` times
+    as long as the work there is for each of that room is cut into pieces about that long.
+    """
+    if length <= programs * steps // (room // resident):
+        return 1
+    return max(1, min(length // (SHORTEST * chunk), length * room // (programs * steps)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a pass over packed segments is told beside its operands."""
+
+    table: Tensor  # [segments, COLUMNS] int32: first step, step after the last, first chunk, state, joints on its sides
+    joints: Tensor | None = None  # [joints, H, K, V], the states where segments meet
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The table of N sequences: rows for the passes, for the sums of either direction, and for the chain."""
+
+    table: Tensor
+    sequences: int
+    segments: int
+    joints: int
+    chunks: int  # of the passes that keep a state for each
+
+    def part(self, joints: Tensor | None) -> Part:
+        return Part(self.table[: self.segments], joints)
+
+    def sums(self, reverse: bool) -> Part:
+        """The segments before a joint, in reverse after one, with the joint as their state."""
+        start = self.segments + self.joints * reverse
+        return Part(self.table[start : start + self.joints])
+
+    def chain(self) -> Tensor:
+        return self.table[self.segments + 2 * self.joints :]
+
+
+def pack(
+    bounds: list[tuple[int, int]], device: torch.device, *, chunk: int, state_chunk: int, programs: int, room: int,
+    resident: int, longest: int | None = None,
+) -> Packing:  # fmt: skip
+    """The packing of sequences from `bounds[n][0]` up to `bounds[n][1]` steps, in one copy to the device.
+
+    Cut is into whole chunks of `chunk` steps, as `segment_count` says, or to about `longest` steps at most if given.
+    """
+    steps = bounds[-1][1]
+    whole = longest or programs * steps // (room // resident)
+    rows: list[tuple[int, ...]] = []
+    cut: list[tuple[int, ...]] = []
+    joint = chunks = 0
+    for sequence, (first, last) in enumerate(bounds):
+        length = last - first
+        if length <= whole:  # as most are: the table is made at every call, while the device waits
+            rows.append((first, last, chunks, sequence, -1, -1, 0, 0))
+            chunks += -(-length // state_chunk)
+            continue
+        if longest is not None:
+            count = _ceil(length, longest)
+        else:
+            count = segment_count(length, steps=steps, programs=programs, chunk=chunk, room=room, resident=resident)
+        size = _ceil(_ceil(length, chunk), count) * chunk
+        if size < length:
+            cut.append((joint, _ceil(length, size) - 1, sequence, 0, 0, 0, 0, 0))
+        for start in range(first, last, size):
+            end = min(start + size, last)
+            before, after = joint - 1 if start > first else -1, joint if end < last else -1
+            rows.append((start, end, chunks, sequence, before, after, 0, 0))
+            chunks += _ceil(end - start, state_chunk)
+            joint += end < last
+    rows.sort(key=lambda row: row[0] - row[1])
+    sums = [(*row[:3], row[side], -1, -1, 0, 0) for side in (5, 4) for row in rows if row[side] >= 0]
+    numbers = array("i", chain.from_iterable((*rows, *sums, *cut)))
+    table = torch.frombuffer(numbers, dtype=torch.int32).view(-1, COLUMNS.value).to(device)
+    return Packing(table, len(bounds), len(rows), joint, chunks)
+
+
+def _ceil(x: int, y: int) -> int:
+    return -(-x // y)

@@ -1,0 +1,86 @@
+"""The fused launch of the decayed outer product on packed sequences, as they lie: no padding, gathering or copies.
+
+Shapes: q, k [1, T, H, K]; v [1, T, H, V]; g absent, [H], [1, T, H] or [1, T, H, K]; states [N, H, K, V]; cu_seqlens
+[N + 1]. Segments of time are its programs already (`decay_fused`); here they come from a table (`decay_segments`).
+"""
+
+import torch
+from torch import Tensor
+
+from fla_compile.kernels.decay_fused import Scans, pack_scans, plan_scans, scan_backward, scan_forward
+from fla_compile.kernels.decay_triton_common import check_shapes
+from fla_compile.kernels.packed import sequence_bounds
+
+__all__ = ["packed_backward", "packed_forward"]
+
+# Steps in a table are int32.
+MOST_STEPS = 2**31
+
+
+def packed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    *,
+    scans: Scans | None = None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Outputs [1, T, H, V] in q's dtype and the final states in float32; None where there is no fused launch.
+
+    `scans` and `longest`, the most steps of a segment, are asked for in place of the table's choice. Raises ValueError
+    for dtypes, sizes or shapes that do not fit, and for sequences that are empty or do not end at T.
+    """
+    kind = check_shapes(q, k, v, g)
+    if not _fits(q):
+        return None
+    with torch.cuda.device_of(q):
+        scans = scans or plan_scans(q, v, kind)
+        if scans is None:
+            return None
+        packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return scan_forward(scans, q, k, v, _contiguous(g), _contiguous(initial_state), scale, packing=packing)
+
+
+def packed_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    do: Tensor | None,
+    dht: Tensor | None,
+    *,
+    need_dg: bool,
+    scans: Scans | None = None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """Gradients (dq, dk, dv, dg, dh0), dg and dh0 in float32; None where there is no fused launch, as for dg of one
+    decay a head or row, or a scale of zero, which it divides by. Arguments and errors as for `packed_forward`.
+    """
+    kind = check_shapes(q, k, v, g)
+    if not _fits(q) or scale == 0 or (need_dg and kind in ("constant", "scalar")):
+        return None
+    with torch.cuda.device_of(q):
+        scans = scans or plan_scans(q, v, kind)
+        if scans is None:
+            return None
+        packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        do = torch.zeros_like(v) if do is None else do.to(q.dtype).contiguous()
+        h0, dht = _contiguous(initial_state), _contiguous(dht)
+        return scan_backward(scans, q, k, v, _contiguous(g), h0, scale, do, dht, need_dg=need_dg, packing=packing)
+
+
+def _fits(q: Tensor) -> bool:
+    return q.shape[2] > 0 and q.shape[1] < MOST_STEPS
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

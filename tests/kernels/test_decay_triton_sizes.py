@@ -1,0 +1,42 @@
+"""More values than keys: the split launch for up to 512, the fused one for outputs wherever the keys fit."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton has no build for this system")
+
+from decay_cases import FAMILIES, Case, make_inputs  # noqa: E402
+from machine_code import stack_bytes  # noqa: E402
+from test_decay_triton import STACK, check_results, compile_kernel, kernels_of, on_gpu, run_kernels  # noqa: E402
+
+from fla_compile.kernels.decay_configs import KINDS, TABLE  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_many_values_compile(arch, kind):
+    """512 values: the split launch for up to 256 keys, and the passes that hold up to 128 keys of them."""
+    for row in (row for row in TABLE if row.arch == arch and row.family == KINDS[kind]):
+        if row.launch == "tall" or (row.launch == "split" and row.size < 256):
+            continue
+        for kernel, constants in kernels_of(row, kind, 512):
+            compiled = compile_kernel(kernel, constants, row, kind, "ieee")
+            assert compiled.metadata.shared <= TABLE[row][0].shared, f"{row} {kernel.fn.__name__}"
+            stack = 96 if constants.get("EXACT") else STACK[row.nbytes]  # what seldom runs may wait for memory
+            assert stack_bytes(compiled) <= stack, f"{row} {kernel.fn.__name__}: {stack_bytes(compiled)} bytes of stack"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("dtype", "K", "V"),
+    [(torch.bfloat16, 64, 512), (torch.bfloat16, 128, 256), (torch.bfloat16, 256, 512), (torch.float32, 40, 300)],
+)
+def test_gpu_many_values(family, dtype, K, V):
+    """As the tables choose: outputs by passes where there are up to 128 keys, the rest by the split launch."""
+    case = Case(family, 130, "weak", B=1, H=2, K=K, V=V)
+    x = on_gpu(make_inputs(case, dtype))
+    got, again = run_kernels(x), run_kernels(x)
+    assert all(torch.equal(y, again[name]) for name, y in got.items())
+    check_results(case, x, got, dtype)
