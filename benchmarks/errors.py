@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from common import ROOT, save, table
+from decayed import FLA, decayed, operands
 from torch import Tensor
 
 import fla_compile.ops
-from kernels import FLA, function, operands
 
 NAMES = ("o", "dq", "dk", "dv", "dg")
 
@@ -36,10 +36,10 @@ def compare(op: str, shape: tuple[int, int, int, int], device: str) -> list[dict
     do = torch.randn_like(inputs[2])
     wide = [x.detach().double().requires_grad_() for x in inputs]
     truth = differentiated(getattr(fla_compile.ops, f"naive_{op}"), wide, do.double())
-    ours = errors(differentiated(function("ours", op), inputs, do), truth)
+    ours = errors(differentiated(decayed("ours", op), inputs, do), truth)
     theirs: dict[str, float] = {}
     refusal = None
-    f = function("fla", op)
+    f = decayed("fla", op)
     if f is not None and device == "cuda":
         with torch.no_grad():
             theirs = errors([f(*inputs)[0]], truth[:1])

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 from common import save, table
-
-from kernels import FLA, function, operands
+from decayed import FLA, decayed, operands
 
 SHAPE = (8, 2048, 32, 128)  # B, T, H, D
 HOW = ("cold", "warm", "warm, hashed")
@@ -29,7 +28,7 @@ HOW = ("cold", "warm", "warm, hashed")
 
 def first_call(op: str, hashed: bool) -> dict[str, float]:
     """In this process, which has not called it before."""
-    inputs, f = operands(op, SHAPE, "cuda"), function("ours", op)
+    inputs, f = operands(op, SHAPE, "cuda"), decayed("ours", op)
     assert f is not None
     do = torch.randn_like(inputs[2])
     if hashed:

@@ -31,13 +31,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import ROOT, environment, save, table
-from timing import floors, kernel_milliseconds, milliseconds, peer
+from decayed import FLA, Shape, decayed, operands
+from timing import floors, kernel_milliseconds, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fla_compile.ops
-
-Shape = tuple[int, int, int, int]  # B, T, H, K = V
 GRIDS: dict[str, list[Shape]] = {
     "quick": [(8, 2048, 32, 128)],
     "time": [(8, T, 32, 128) for T in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)],
@@ -51,12 +49,6 @@ GRIDS: dict[str, list[Shape]] = {
     ],
     "tiny": [(1, T, 2, 16) for T in (64, 128, 256)],
 }
-FLA = {
-    "linear_attention": ("fla.ops.linear_attn", "chunk_linear_attn", {"normalize": False}),
-    "retention": ("fla.ops.retention", "chunk_retention", {}),
-    "simple_gla": ("fla.ops.simple_gla", "chunk_simple_gla", {}),
-    "gla": ("fla.ops.gla", "chunk_gla", {}),
-}
 SOFTMAX = {
     "FlashAttention-2": [SDPBackend.FLASH_ATTENTION],
     "cuDNN": [SDPBackend.CUDNN_ATTENTION],
@@ -64,17 +56,6 @@ SOFTMAX = {
 }
 WHO = ("ours", "fla", "softmax")
 SECTION = "decayed ops beside peers"
-
-
-def operands(op: str, shape: Shape, device: str) -> list[Tensor]:
-    """q, k, v and, where `op` takes one, its log decay; retention decays as RetNet does, in both libraries."""
-    B, T, H, D = shape
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(B, T, H, D, device=device, dtype=dtype) for _ in range(3))
-    gates = {"simple_gla": (B, T, H), "gla": (B, T, H, D)}
-    gate = [F.logsigmoid(torch.randn(gates[op], device=device)) / 16] if op in gates else []
-    return [x.requires_grad_() for x in (q, F.normalize(k.float(), dim=-1).to(dtype), v, *gate)]
 
 
 def softmax(backends: list[SDPBackend]) -> Callable[..., tuple[Tensor]]:
@@ -142,11 +123,7 @@ def cases(args: argparse.Namespace) -> list[tuple[str, str, Shape]]:
 def function(who: str, op: str) -> Callable | None:
     if who in SOFTMAX:
         return softmax(SOFTMAX[who])
-    if who == "ours":
-        return getattr(fla_compile.ops, op)
-    module, name, options = FLA[op]
-    theirs = peer(module, name)
-    return None if theirs is None else lambda *x: theirs(*x, **options)
+    return decayed(who, op)
 
 
 def beside(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

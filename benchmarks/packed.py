@@ -16,20 +16,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from common import save, table
-from timing import floors, measure, peer
+from decayed import decayed, operands
+from timing import floors, measure
 from torch import Tensor
 
 import fla_compile.ops
 from fla_compile.kernels import decay_ops
 
 SIZES = {"cuda": (65536, 16, 128), "cpu": (512, 2, 16)}  # T, H, D
-FLA: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "linear_attention": ("fla.ops.linear_attn", "chunk_linear_attn", {"normalize": False}),
-    "simple_gla": ("fla.ops.simple_gla", "chunk_simple_gla", {}),
-    "gla": ("fla.ops.gla", "chunk_gla", {}),
-}
+OPS = ("linear_attention", "simple_gla", "gla")
 
 
 def lengths(T: int) -> list[int]:
@@ -39,17 +35,6 @@ def lengths(T: int) -> list[int]:
         drawn = int(torch.randint(1, T // 4 + 1, (), generator=generator))
         found.append(min(drawn, T - sum(found)))
     return found
-
-
-def operands(op: str, device: str) -> list[Tensor]:
-    """q, k, v and, where `op` takes one, its log decay."""
-    T, H, D = SIZES[device]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(1, T, H, D, device=device, dtype=dtype) for _ in range(3))
-    gates = {"simple_gla": (1, T, H), "gla": (1, T, H, D)}
-    gate = [F.logsigmoid(torch.randn(gates[op], device=device)) / 16] if op in gates else []
-    return [x.requires_grad_() for x in (q, F.normalize(k.float(), dim=-1).to(dtype), v, *gate)]
 
 
 def gathering() -> AbstractContextManager[Any]:
@@ -64,18 +49,17 @@ def programs(op: str, cu_seqlens: Tensor, device: str) -> dict[str, Callable[...
         return ours(*x, cu_seqlens=cu_seqlens)[0]
 
     found: dict[str, Callable[..., Tensor]] = {"packed": packed, "gathered": packed, "unpacked": lambda *x: ours(*x)[0]}
-    module, name, options = FLA[op]
-    theirs = peer(module, name) if device == "cuda" else None
+    theirs = decayed("fla", op) if device == "cuda" else None
     if theirs is not None:
         on_device = cu_seqlens.to(device)
-        found["fla"] = lambda *x: theirs(*x, cu_seqlens=on_device, **options)[0]
+        found["fla"] = lambda *x: theirs(*x, cu_seqlens=on_device)[0]
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where")
-    p.add_argument("--ops", nargs="+", choices=list(FLA), default=list(FLA), help="which ops")
+    p.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS), help="which ops")
     p.add_argument("--results", default="packed", help="the file's name")
     args = p.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -84,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cu_seqlens = torch.tensor([0, *sizes]).cumsum(0)
     rows: list[dict[str, Any]] = []
     for op in args.ops:
-        leaves = operands(op, args.device)
+        T, H, D = SIZES[args.device]
+        leaves = operands(op, (1, T, H, D), args.device)
         dout, least = torch.randn_like(leaves[2]), floors(leaves, leaves[2])
         for who, f in programs(op, cu_seqlens, args.device).items():
             with gathering() if who == "gathered" else nullcontext():
