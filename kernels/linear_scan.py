@@ -341,7 +341,7 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def kernel_name(device_type: str) -> str:
-    """What runs there, for reports."""
+    """What runs there, for reports; on CUDA blocks take over where steps are too many to be walked."""
     return "scan (Triton)" if device_type == "cuda" else "scan in blocks"
 
 
