@@ -74,6 +74,8 @@ class Scans:
     tall: Config
     precision: str
     limit: float
+    wide_how: tuple[int, int] = (1, 1)
+    tall_how: tuple[int, int] = (1, 0)
 
     @property
     def length(self) -> int:
@@ -176,7 +178,10 @@ def _launch_pass(
         kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
         flags = (reverse, part if tall else output, final, *common, exact)
         options = EXACT_OPTIONS if exact else options
-    return Launch(kernel, z.device, (_programs(plan, w, tall, packed),), (*sizes, *flags, plan.precision), **options)
+    how = (plan.tall_how if tall else plan.wide_how) if plan.kind == "vector" else ()
+    return Launch(
+        kernel, z.device, (_programs(plan, w, tall, packed),), (*sizes, *flags, plan.precision, *how), **options
+    )
 
 
 def _programs(plan: Scans, w: Tensor, tall: bool, packed: Part | None = None) -> int:

@@ -70,12 +70,68 @@ def load_row(p_x, o_col, WIDTH: tl.constexpr):
     return tl.load(p_x + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def halves(b_x, dtype: tl.constexpr):
+    """x as the sum of two numbers of a narrow dtype."""
+    if dtype == tl.bfloat16:
+        # in integers: conversions back and forth are not done two at a time
+        b_hi = ((b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        b_hi = b_x.to(dtype).to(tl.float32)
+    return b_hi.to(dtype), (b_x - b_hi).to(dtype)
+
+
+@triton.jit
+def nearest(b_x):
+    """The nearest number of 10 binary places; a product in tf32 cuts off the rest."""
+    return ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_both(a_0, a_1, b_0, b_1):
+    return a_0 + b_0, a_1 + b_1
+
+
+@triton.jit
+def chunk_range(b_g):
+    """Sums over the chunk of g and of |g|, in one reduction."""
+    return tl.reduce((b_g, tl.abs(b_g)), 0, add_both)
+
+
+@triton.jit
+def matrix_sum(b_m, b_x, dtype: tl.constexpr):
+    """m x for a matrix m of zeros and ones, x in two parts."""
+    b_hi, b_lo = halves(b_x, dtype)
+    return tl.dot(b_m.to(dtype), b_lo, tl.dot(b_m.to(dtype), b_hi))
+
+
+@triton.jit
+def anchored(b_g, b_all, o_t, REVERSE: tl.constexpr, SUMS: tl.constexpr):
+    """e, or -e in reverse.
+
+    SUMS: as a product with a matrix of +-1/2, g in two parts of float16: 22 bits of g, or multiples of 2^-25.
+    """
+    if SUMS:
+        if REVERSE:
+            b_m = tl.where(o_t[:, None] >= o_t[None, :], -0.5, 0.5).to(tl.float16)
+        else:
+            b_m = tl.where(o_t[:, None] >= o_t[None, :], 0.5, -0.5).to(tl.float16)
+        b_hi, b_lo = halves(b_g, tl.float16)
+        return tl.dot(b_m, b_lo, tl.dot(b_m, b_hi))
+    else:
+        b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
+        if REVERSE:
+            b_e = -b_e
+        return b_e
+
+
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_rows_kernel(
     p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_range, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """The gate is over X, the rows of the state; BX covers X. Arguments as for `chunk_scan_kernel`."""
     if EXACT:
@@ -133,11 +189,9 @@ def chunk_scan_rows_kernel(
         b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
         b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
         b_g = load_gates(p_g + i_row * X, o_c * H, o_x, m_x, X)
-        b_e = tl.cumsum(b_g, 0)
-        b_all = tl.sum(b_g, 0)
-        if not OUTPUT:
-            b_total += b_all
         if EXACT:
+            b_e = tl.cumsum(b_g, 0)
+            b_all = tl.sum(b_g, 0)
             # e to the end of the chunk in forward direction: from row j on, or up to row j
             if REVERSE:
                 b_z = (b_z * tl.exp2(b_e)).to(dtype)
@@ -145,24 +199,44 @@ def chunk_scan_rows_kernel(
             else:
                 b_z = (b_z * tl.exp2(b_all[None, :] - b_e)).to(dtype)
             if OUTPUT:
-                b_y = tl.dot((b_x * tl.exp2(b_e)).to(dtype), b_s.to(dtype), input_precision=PRECISION)
+                b_y = tl.dot((b_x * tl.exp2(b_e)).to(dtype), b_s.to(dtype), input_precision=PRECISION) * s_y
             b_s *= tl.exp2(b_all)[:, None]
         else:
-            b_range = tl.maximum(b_range, tl.sum(tl.abs(b_g), 0))
-            b_e -= 0.5 * b_all[None, :]
-            if REVERSE:
-                b_e = -b_e
+            b_all, b_abs = chunk_range(b_g)
+            b_range = tl.maximum(b_range, b_abs)
+            b_e = anchored(b_g, b_all, o_t, REVERSE, SUMS % 2)
             b_half = tl.exp2(0.5 * b_all)
-            b_z = (b_z * tl.exp2(-b_e)).to(dtype)
             b_s *= b_half[:, None]
             if OUTPUT:
                 b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
-                b_x = (b_x * tl.exp2(b_e)).to(dtype)
-                b_a = tl.where(m_a, tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION), 0.0)
-                b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION)
+                if SPLIT == 2:
+                    b_xf, b_zf = nearest(b_x * tl.exp2(b_e)), nearest(b_z * tl.exp2(-b_e))
+                    b_a = tl.dot(b_xf, tl.trans(b_zf), input_precision="tf32")
+                    b_x, b_z = b_xf.to(dtype), b_zf.to(dtype)
+                elif SPLIT == 1:
+                    b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
+                    b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
+                    b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
+                    b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
+                    b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
+                else:
+                    b_z = (b_z * tl.exp2(-b_e)).to(dtype)
+                    b_x = (b_x * tl.exp2(b_e)).to(dtype)
+                    b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)
+                b_a = tl.where(m_a, b_a, 0.0)
+                b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION) * s_y
+            else:
+                b_z = (b_z * tl.exp2(-b_e)).to(dtype)
+        if not OUTPUT:
+            b_total += b_all
         if OUTPUT:
-            b_y = tl.dot(b_a.to(dtype), b_w, b_y, input_precision=PRECISION)
-            store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
+            if SPLIT:
+                b_a, b_al = halves(b_a, dtype)
+                b_y += tl.dot(b_al, b_w, input_precision=PRECISION) * s_y
+                b_y += tl.dot(b_a, b_w, input_precision=PRECISION) * s_y
+            else:
+                b_y += tl.dot(b_a.to(dtype), b_w, input_precision=PRECISION) * s_y
+            store_tile(p_y + i_row * W, b_y, o_c * H, o_w, m_w, W)
         b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision=PRECISION)
         if not EXACT:
             b_s *= b_half[:, None]
@@ -183,6 +257,7 @@ def chunk_scan_columns_kernel(
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, PART: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """The gate is over W, the columns of the state; BX covers X. Arguments as for `chunk_scan_kernel`; p_dg
     [B, T, H, W] is written by the pass for dq and completed by the pass for dk, which cuts into the same chunks and
@@ -230,8 +305,21 @@ def chunk_scan_columns_kernel(
         b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
         b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
         b_g = load_gates(p_g + i_row * W, o_c * H, o_w, m_w, W)
-        b_e = tl.cumsum(b_g, 0)
-        b_all = tl.sum(b_g, 0)
+        if EXACT:
+            b_e = tl.cumsum(b_g, 0)
+            b_all = tl.sum(b_g, 0)
+        else:
+            if PART == KEYS:
+                b_all = tl.sum(b_g, 0)
+            else:
+                b_all, b_abs = chunk_range(b_g)
+                b_range = tl.maximum(b_range, b_abs)
+            b_e = anchored(b_g, b_all, o_t, REVERSE, SUMS % 2)
+            b_out = tl.exp2(b_e)
+            if SPLIT:
+                b_v, b_vl = halves(b_w * tl.exp2(-b_e), dtype)
+            else:
+                b_v = (b_w * tl.exp2(-b_e)).to(dtype)
         b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)
         b_d = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_a, 0.0), 1)[:, None] * b_w
         b_a = tl.where(m_a, b_a, 0.0)
@@ -239,7 +327,6 @@ def chunk_scan_columns_kernel(
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if PART == KEYS:
             b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)
-            b_t = tl.sum((b_h * tl.exp2(b_all)[None, :]) * b_s, 0)
             b_k = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
         if EXACT:
             b_rest = b_all[None, :] - b_e
@@ -249,6 +336,8 @@ def chunk_scan_columns_kernel(
                 b_in, b_out = b_rest, b_e
             b_v = (b_w * tl.exp2(b_in)).to(dtype)
             b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION) * tl.exp2(b_out)
+            if PART == KEYS:
+                b_t = tl.sum(b_h * b_s, 0) * tl.exp2(b_all)
             b_s *= tl.exp2(b_all)[None, :]
             b_i = tl.zeros((C, BW), tl.float32)
             b_e = tl.zeros((C, BW), tl.float32)
@@ -269,22 +358,40 @@ def chunk_scan_columns_kernel(
                 b_t -= tl.sum(b_k * b_i, 0)
             b_y += b_i
         else:
-            b_range = tl.maximum(b_range, tl.sum(tl.abs(b_g), 0))
-            b_e -= 0.5 * b_all[None, :]
-            if REVERSE:
-                b_e = -b_e
             b_half = tl.exp2(0.5 * b_all)
-            b_out = tl.exp2(b_e)
-            b_v = (b_w * tl.exp2(-b_e)).to(dtype)
             b_s *= b_half[None, :]
-            b_y = tl.dot(b_a.to(dtype), b_v, input_precision=PRECISION)
             if PART == KEYS:
-                b_t -= tl.sum(b_k * b_out * b_y, 0)
-            b_y = tl.dot(b_x, b_s.to(dtype), b_y, input_precision=PRECISION) * b_out
+                b_t = tl.sum(b_h * b_s, 0) * b_half
+            if SPLIT:
+                b_a, b_al = halves(b_a, dtype)
+                b_y = tl.dot(b_al, b_v, input_precision=PRECISION)
+                b_y = tl.dot(b_a, b_vl, b_y, input_precision=PRECISION)
+                b_y = tl.dot(b_a, b_v, b_y, input_precision=PRECISION)
+            else:
+                b_y = tl.dot(b_a.to(dtype), b_v, input_precision=PRECISION)
+            if PART == KEYS and SUMS >= 2 and dtype == tl.bfloat16:
+                b_y *= b_out
+                b_i = b_k * b_y
+                b_o = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION) * b_out
+                b_y += b_o
+                b_r = matrix_sum(o_t[None, :] < o_t[:, None], b_k * b_o, dtype)
+                b_r -= matrix_sum(o_t[None, :] >= o_t[:, None], b_i, dtype)
+            else:
+                if PART == KEYS:
+                    b_t -= tl.sum(b_k * b_out * b_y, 0)
+                b_y = tl.dot(b_x, b_s.to(dtype), b_y, input_precision=PRECISION) * b_out
         if PART == QUERIES:
             b_q = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
-            store_tile(p_dg + i_row * W, tl.cumsum(b_q * b_y, 0, reverse=True) * s_y, o_c * H, o_w, m_w, W)
-        if PART == KEYS:
+            if SUMS >= 2 and dtype == tl.bfloat16:
+                b_r = matrix_sum(o_t[None, :] >= o_t[:, None], b_q * b_y, dtype)
+            else:
+                b_r = tl.cumsum(b_q * b_y, 0, reverse=True)
+            store_tile(p_dg + i_row * W, b_r * s_y, o_c * H, o_w, m_w, W)
+        if PART == KEYS and SUMS >= 2 and dtype == tl.bfloat16 and not EXACT:
+            b_dg = load_tile(p_dg + i_row * W, o_c * H, o_w, m_w, W)
+            b_dg += (b_t[None, :] + b_r) * s_y
+            store_tile(p_dg + i_row * W, b_dg, o_c * H, o_w, m_w, W)
+        elif PART == KEYS:
             b_kdk = tl.where(((o_c + 1 < C) & (o_t + 1 < t_e))[:, None], b_k * b_y, 0.0)
             b_dg = load_tile(p_dg + i_row * W, o_c * H, o_w, m_w, W)
             b_dg += (b_t[None, :] + (tl.cumsum(b_kdk, 0) - b_kdk)) * s_y
