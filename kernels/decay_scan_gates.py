@@ -100,9 +100,10 @@ def chunk_range(b_g):
 
 @triton.jit
 def matrix_sum(b_m, b_x, dtype: tl.constexpr):
-    """m x for a matrix m of zeros and ones, x in two parts."""
+    """m x for a matrix m that is true for one and false for zero, x in two parts."""
+    b_m = tl.where(b_m, 1.0, 0.0).to(dtype)
     b_hi, b_lo = halves(b_x, dtype)
-    return tl.dot(b_m.to(dtype), b_lo, tl.dot(b_m.to(dtype), b_hi))
+    return tl.dot(b_m, b_lo, tl.dot(b_m, b_hi))
 
 
 @triton.jit
