@@ -74,8 +74,8 @@ class Scans:
     tall: Config
     precision: str
     limit: float
-    wide_how: tuple[int, int] = (1, 1)
-    tall_how: tuple[int, int] = (1, 0)
+    wide_how: tuple[int, int]
+    tall_how: tuple[int, int]
 
     @property
     def length(self) -> int:
@@ -116,7 +116,8 @@ def _plan(
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit)
+    hows = ((1, 1), (1, 3)) if arch >= 90 else ((1, 0), (1, 0))
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, *hows)
 
 
 def _cutting(device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config) -> dict[str, int]:

@@ -12,9 +12,10 @@ middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and
     e_i = c_i - m     x~_i = x_i exp(e_i)     z~_j = z_j exp(-e_j)     S~ = exp(m) S
     y_i = x~_i^T S~ + sum_{j <= i} (x~_i . z~_j) w_j      S' = exp(m) (S~ + sum_j z~_j w_j^T)
 
-and in reverse with -e in the place of e; over W the factors go to w and y instead of z and x. The factors are rounded
-to the operands' dtype, which costs no more than its rounding of x and z as long as they are in range: sum_i |g_i| of a
-chunk must stay below a limit. The pass writes the largest such sum it met, and where that is above the limit a second
+and in reverse with -e in the place of e; over W the factors go to w and y instead of z and x. Where both are
+factors of a product inside the chunk, each is given to it in two parts of the operands' dtype (`halves`), and so are
+the scores: rounded once, they were most of the error. The factors must be in range: sum_i |g_i| of a chunk must stay
+below a limit. The pass writes the largest such sum it met, and where that is above the limit a second
 launch of the same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time;
 elsewhere it returns at once. So ordinary decays run at the speed of matrix products, and any decay is right.
 
@@ -79,12 +80,6 @@ def halves(b_x, dtype: tl.constexpr):
     else:
         b_hi = b_x.to(dtype).to(tl.float32)
     return b_hi.to(dtype), (b_x - b_hi).to(dtype)
-
-
-@triton.jit
-def nearest(b_x):
-    """The nearest number of 10 binary places; a product in tf32 cuts off the rest."""
-    return ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -210,11 +205,7 @@ def chunk_scan_rows_kernel(
             b_s *= b_half[:, None]
             if OUTPUT:
                 b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
-                if SPLIT == 2:
-                    b_xf, b_zf = nearest(b_x * tl.exp2(b_e)), nearest(b_z * tl.exp2(-b_e))
-                    b_a = tl.dot(b_xf, tl.trans(b_zf), input_precision="tf32")
-                    b_x, b_z = b_xf.to(dtype), b_zf.to(dtype)
-                elif SPLIT == 1:
+                if SPLIT:
                     b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
                     b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
                     b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)

@@ -225,7 +225,8 @@ def passes_of(row, kind, values=None, packed=False):
             found.append((decay_scan.chunk_scan_kernel, meta))
             continue
         kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
-        meta.update(dict(PART=part, SPLIT=1, SUMS=0) if tall else dict(OUTPUT=True, SPLIT=1, SUMS=1))
+        sums = (3 if tall else 1) if row.arch >= 90 else 0
+        meta.update(dict(PART=part) if tall else dict(OUTPUT=True), SPLIT=1, SUMS=sums)
         found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
         if tall and not reverse:  # the output under a decay over values, with its final state
             meta.update(PART=0, FINAL=True, **dict.fromkeys(("p_e", "p_h", "p_dg")))
