@@ -116,7 +116,9 @@ def _plan(
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    hows = ((1, 1), (1, 3)) if arch >= 90 else ((1, 0), (1, 0))
+    parts = [1 if config.chunk >= 64 else 2 for config in (wide, tall)]
+    sums = (1, 3) if arch >= 90 else (0, 0)
+    hows = zip(parts, sums, strict=True)
     return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, *hows)
 
 

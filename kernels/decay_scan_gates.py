@@ -14,7 +14,8 @@ middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and
 
 and in reverse with -e in the place of e; over W the factors go to w and y instead of z and x. Where both are
 factors of a product inside the chunk, each is given to it in two parts of the operands' dtype (`halves`), and so are
-the scores: rounded once, they were most of the error. The factors must be in range: sum_i |g_i| of a chunk must stay
+the scores: rounded once, they were most of the error. Chunks of 32 rows leave so much to the state that it takes both
+parts too. The factors must be in range: sum_i |g_i| of a chunk must stay
 below a limit. The pass writes the largest such sum it met, and where that is above the limit a second
 launch of the same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time;
 elsewhere it returns at once. So ordinary decays run at the speed of matrix products, and any decay is right.
@@ -203,22 +204,22 @@ def chunk_scan_rows_kernel(
             b_e = anchored(b_g, b_all, o_t, REVERSE, SUMS % 2)
             b_half = tl.exp2(0.5 * b_all)
             b_s *= b_half[:, None]
+            if SPLIT:
+                b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
+            else:
+                b_z = (b_z * tl.exp2(-b_e)).to(dtype)
             if OUTPUT:
                 b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
                 if SPLIT:
-                    b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
                     b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
                     b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
                     b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
                     b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
                 else:
-                    b_z = (b_z * tl.exp2(-b_e)).to(dtype)
                     b_x = (b_x * tl.exp2(b_e)).to(dtype)
                     b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)
                 b_a = tl.where(m_a, b_a, 0.0)
                 b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION) * s_y
-            else:
-                b_z = (b_z * tl.exp2(-b_e)).to(dtype)
         if not OUTPUT:
             b_total += b_all
         if OUTPUT:
@@ -229,6 +230,8 @@ def chunk_scan_rows_kernel(
             else:
                 b_y += tl.dot(b_a.to(dtype), b_w, input_precision=PRECISION) * s_y
             store_tile(p_y + i_row * W, b_y, o_c * H, o_w, m_w, W)
+        if SPLIT >= 2 and not EXACT:
+            b_s = tl.dot(tl.trans(b_zl), b_w, b_s, input_precision=PRECISION)
         b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision=PRECISION)
         if not EXACT:
             b_s *= b_half[:, None]
@@ -389,6 +392,8 @@ def chunk_scan_columns_kernel(
             b_dg += (b_t[None, :] + (tl.cumsum(b_kdk, 0) - b_kdk)) * s_y
             store_tile(p_dg + i_row * W, b_dg, o_c * H, o_w, m_w, W)
         store_tile(p_y + i_row * W, (b_y + b_d) * s_y, o_c * H, o_w, m_w, W)
+        if SPLIT >= 2 and not EXACT:
+            b_s = tl.dot(tl.trans(b_z), b_vl, b_s, input_precision=PRECISION)
         b_s = tl.dot(tl.trans(b_z), b_v, b_s, input_precision=PRECISION)
         if not EXACT:
             b_s *= b_half[None, :]

@@ -226,7 +226,7 @@ def passes_of(row, kind, values=None, packed=False):
             continue
         kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
         sums = (3 if tall else 1) if row.arch >= 90 else 0
-        meta.update(dict(PART=part) if tall else dict(OUTPUT=True), SPLIT=1, SUMS=sums)
+        meta.update(dict(PART=part) if tall else dict(OUTPUT=True), SPLIT=1 if config.chunk >= 64 else 2, SUMS=sums)
         found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
         if tall and not reverse:  # the output under a decay over values, with its final state
             meta.update(PART=0, FINAL=True, **dict.fromkeys(("p_e", "p_h", "p_dg")))
