@@ -27,7 +27,14 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_segments import COLUMNS
-from fla_compile.kernels.decay_triton_common import NO_DECAY, row_decay
+from fla_compile.kernels.decay_triton_common import (
+    CONSTANT_DECAY,
+    LOG2_E,
+    NO_DECAY,
+    ROW_DECAY,
+    as_decay,
+    row_decay,
+)
 
 __all__ = [
     "chunk_scan_kernel",
@@ -151,6 +158,15 @@ def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
     tl.store(p_t, b_s.to(p_s.dtype.element_ty), mask=m_s)
 
 
+@triton.jit
+def decay_power(b_hi, b_lo, EXACT: tl.constexpr):
+    """The decay over some rows, from the sum of its logarithms: in base e and two parts if EXACT, else in base 2."""
+    if EXACT:
+        return tl.exp(b_hi + b_lo)
+    else:
+        return tl.exp2(b_hi)
+
+
 @triton.jit(do_not_specialize=["T", "L", "n_s"])
 def chunk_scan_kernel(
     p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_table, p_u, s_in, s_y, s_st, T, L, n_s,
@@ -168,6 +184,7 @@ def chunk_scan_kernel(
     else:
         i_w, i_nh, i_h, i_seq, t_a, t_e, _, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
+    EXACT: tl.constexpr = dtype == tl.float32
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
@@ -179,6 +196,18 @@ def chunk_scan_kernel(
         b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
     elif HAS_S0:
         b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
+    if DECAY == CONSTANT_DECAY:
+        # products with numbers of rows, which round once, where sums would round at every row
+        s_g = as_decay(tl.load(p_g + i_h))
+        if not OUTPUT:
+            tl.store(p_gt + i_nh, (t_e - t_a) * s_g, mask=i_w == 0)
+        if not EXACT:
+            s_g *= LOG2_E
+        if OUTPUT:
+            if REVERSE:
+                b_f = decay_power((o_c[None, :] - o_c[:, None]) * s_g, 0.0, EXACT)
+            else:
+                b_f = decay_power((o_c[:, None] - o_c[None, :]) * s_g, 0.0, EXACT)
     for i_n in range(n_c):
         i_c = i_n
         if REVERSE:
@@ -193,23 +222,37 @@ def chunk_scan_kernel(
         else:
             o_i, o_j = o_t[:, None], o_t[None, :]
         m_a = o_i >= o_j
+        if DECAY == CONSTANT_DECAY and REVERSE and not EVEN:
+            m_a &= o_i < t_e  # beyond the end b_f goes on
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
         b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
-        if DECAY != NO_DECAY:
-            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, dtype == tl.float32)
-            b_all = tl.exp(s_hi + s_lo)
-            b_up = tl.exp(b_hi + b_lo)
-            b_down = tl.exp((s_hi - b_hi) + (s_lo - b_lo))
+        if DECAY == CONSTANT_DECAY:
+            n_r = C if EVEN else tl.minimum(t_e - t_0, C)
+            b_r = tl.minimum(o_c + 1, n_r)
+            b_all = decay_power(n_r * s_g, 0.0, EXACT)
+            b_up = decay_power(b_r * s_g, 0.0, EXACT)
+            b_down = decay_power((n_r - b_r) * s_g, 0.0, EXACT)
+        elif DECAY == ROW_DECAY:
+            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, EXACT)
+            b_total += s_hi + s_lo
+            if not EXACT:
+                b_hi, s_hi = b_hi * LOG2_E, s_hi * LOG2_E
+            b_all = decay_power(s_hi, s_lo, EXACT)
+            b_up = decay_power(b_hi, b_lo, EXACT)
+            b_down = decay_power(s_hi - b_hi, s_lo - b_lo, EXACT)
         if OUTPUT:
             b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
             b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)
-            if DECAY != NO_DECAY:
-                b_d = (b_hi[:, None] - b_hi[None, :]) + (b_lo[:, None] - b_lo[None, :])
+            if DECAY == CONSTANT_DECAY:
+                b_a *= b_f  # what overflows here is masked next
+            elif DECAY == ROW_DECAY:
                 if REVERSE:
-                    b_d = -b_d
-                b_a *= tl.exp(b_d)  # what overflows here is masked next
+                    b_f = decay_power(b_hi[None, :] - b_hi[:, None], b_lo[None, :] - b_lo[:, None], EXACT)
+                else:
+                    b_f = decay_power(b_hi[:, None] - b_hi[None, :], b_lo[:, None] - b_lo[None, :], EXACT)
+                b_a *= b_f
             b_p = tl.where(m_a, b_a, 0.0).to(dtype)
             b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION)
             if DECAY != NO_DECAY:
@@ -225,7 +268,6 @@ def chunk_scan_kernel(
             else:
                 b_w = (b_w * b_down[:, None]).to(dtype)
             b_s *= b_all
-            b_total += s_hi + s_lo
         b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision=PRECISION)
     if FINAL:
         if p_table is None:
@@ -233,5 +275,5 @@ def chunk_scan_kernel(
         else:
             store_packed(p_st, p_table, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not OUTPUT:
-        if DECAY != NO_DECAY:
+        if DECAY == ROW_DECAY:
             tl.store(p_gt + i_nh, b_total, mask=i_w == 0)
