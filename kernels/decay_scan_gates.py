@@ -42,7 +42,7 @@ from fla_compile.kernels.decay_scan import (
     store_tile,
     tile_mask,
 )
-from fla_compile.kernels.decay_triton_common import as_decay
+from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_columns_kernel", "chunk_scan_rows_kernel", "largest_range"]
 
@@ -50,8 +50,6 @@ __all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_columns_kernel", "chunk_scan_
 PLAIN = tl.constexpr(0)
 QUERIES = tl.constexpr(1)
 KEYS = tl.constexpr(2)
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def largest_range(dtype: torch.dtype) -> float:
