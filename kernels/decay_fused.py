@@ -74,8 +74,6 @@ class Scans:
     tall: Config
     precision: str
     limit: float
-    wide_how: tuple[int, int]
-    tall_how: tuple[int, int]
 
     @property
     def length(self) -> int:
@@ -116,10 +114,7 @@ def _plan(
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    parts = [1 if config.chunk >= 64 else 2 for config in (wide, tall)]
-    sums = (1, 3) if arch >= 90 else (0, 0)
-    hows = zip(parts, sums, strict=True)
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, *hows)
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit)
 
 
 def _cutting(device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config) -> dict[str, int]:
@@ -181,10 +176,7 @@ def _launch_pass(
         kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
         flags = (reverse, part if tall else output, final, *common, exact)
         options = EXACT_OPTIONS if exact else options
-    how = (plan.tall_how if tall else plan.wide_how) if plan.kind == "vector" else ()
-    return Launch(
-        kernel, z.device, (_programs(plan, w, tall, packed),), (*sizes, *flags, plan.precision, *how), **options
-    )
+    return Launch(kernel, z.device, (_programs(plan, w, tall, packed),), (*sizes, *flags, plan.precision), **options)
 
 
 def _programs(plan: Scans, w: Tensor, tall: bool, packed: Part | None = None) -> int:

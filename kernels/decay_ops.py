@@ -27,7 +27,7 @@ from fla_compile.kernels.decay_checks import (
     steps_for,
     supports,
 )
-from fla_compile.kernels.decay_naive import retnet_gamma
+from fla_compile.kernels.decay_retnet import retnet_decay
 from fla_compile.kernels.decay_values import gla_values, gla_values_packed
 from fla_compile.kernels.operators import operator, register_autograd, register_fake, register_kernel
 from fla_compile.kernels.packed import call_packed, check_packed, register_packed
@@ -263,10 +263,10 @@ def retention(
     """
     check_operands("retention", q, k, v, check_packed("q", q, cu_seqlens, initial_state))
     if gamma is None:
-        gamma = retnet_gamma(q.shape[2], device=q.device, dtype=state_dtype(q))
+        g = retnet_decay(q.shape[2], q.device, state_dtype(q))[1]
     else:
         check_gate("gamma", gamma, FAMILIES["retention"], q, v)
-    g = gamma.to(state_dtype(q)).log()
+        g = gamma.to(state_dtype(q)).log()
     return _run("retention", q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 

@@ -44,7 +44,7 @@ from fla_compile.kernels.decay_scan import (
     store_tile,
     tile_mask,
 )
-from fla_compile.kernels.decay_triton_common import as_decay
+from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_columns_kernel", "chunk_scan_rows_kernel", "largest_range"]
 
@@ -52,8 +52,8 @@ __all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_columns_kernel", "chunk_scan_
 PLAIN = tl.constexpr(0)
 QUERIES = tl.constexpr(1)
 KEYS = tl.constexpr(2)
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+# Rows of a chunk from which on one part of z~ or w~ is enough for the state.
+LONG = tl.constexpr(64)
 
 
 def largest_range(dtype: torch.dtype) -> float:
@@ -94,41 +94,12 @@ def chunk_range(b_g):
     return tl.reduce((b_g, tl.abs(b_g)), 0, add_both)
 
 
-@triton.jit
-def matrix_sum(b_m, b_x, dtype: tl.constexpr):
-    """m x for a matrix m that is true for one and false for zero, x in two parts."""
-    b_m = tl.where(b_m, 1.0, 0.0).to(dtype)
-    b_hi, b_lo = halves(b_x, dtype)
-    return tl.dot(b_m, b_lo, tl.dot(b_m, b_hi))
-
-
-@triton.jit
-def anchored(b_g, b_all, o_t, REVERSE: tl.constexpr, SUMS: tl.constexpr):
-    """e, or -e in reverse.
-
-    SUMS: as a product with a matrix of +-1/2, g in two parts of float16: 22 bits of g, or multiples of 2^-25.
-    """
-    if SUMS:
-        if REVERSE:
-            b_m = tl.where(o_t[:, None] >= o_t[None, :], -0.5, 0.5).to(tl.float16)
-        else:
-            b_m = tl.where(o_t[:, None] >= o_t[None, :], 0.5, -0.5).to(tl.float16)
-        b_hi, b_lo = halves(b_g, tl.float16)
-        return tl.dot(b_m, b_lo, tl.dot(b_m, b_hi))
-    else:
-        b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
-        if REVERSE:
-            b_e = -b_e
-        return b_e
-
-
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_rows_kernel(
     p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_range, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """The gate is over X, the rows of the state; BX covers X. Arguments as for `chunk_scan_kernel`."""
     if EXACT:
@@ -201,36 +172,28 @@ def chunk_scan_rows_kernel(
         else:
             b_all, b_abs = chunk_range(b_g)
             b_range = tl.maximum(b_range, b_abs)
-            b_e = anchored(b_g, b_all, o_t, REVERSE, SUMS % 2)
+            b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
+            if REVERSE:
+                b_e = -b_e
             b_half = tl.exp2(0.5 * b_all)
             b_s *= b_half[:, None]
-            if SPLIT:
-                b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
-            else:
-                b_z = (b_z * tl.exp2(-b_e)).to(dtype)
+            b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
             if OUTPUT:
                 b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
-                if SPLIT:
-                    b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
-                    b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
-                    b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
-                    b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
-                else:
-                    b_x = (b_x * tl.exp2(b_e)).to(dtype)
-                    b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)
+                b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
+                b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
+                b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
+                b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
                 b_a = tl.where(m_a, b_a, 0.0)
                 b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION) * s_y
         if not OUTPUT:
             b_total += b_all
         if OUTPUT:
-            if SPLIT:
-                b_a, b_al = halves(b_a, dtype)
-                b_y += tl.dot(b_al, b_w, input_precision=PRECISION) * s_y
-                b_y += tl.dot(b_a, b_w, input_precision=PRECISION) * s_y
-            else:
-                b_y += tl.dot(b_a.to(dtype), b_w, input_precision=PRECISION) * s_y
+            b_a, b_al = halves(b_a, dtype)
+            b_y += tl.dot(b_al, b_w, input_precision=PRECISION) * s_y
+            b_y += tl.dot(b_a, b_w, input_precision=PRECISION) * s_y
             store_tile(p_y + i_row * W, b_y, o_c * H, o_w, m_w, W)
-        if SPLIT >= 2 and not EXACT:
+        if C < LONG and not EXACT:
             b_s = tl.dot(tl.trans(b_zl), b_w, b_s, input_precision=PRECISION)
         b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision=PRECISION)
         if not EXACT:
@@ -252,7 +215,6 @@ def chunk_scan_columns_kernel(
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, PART: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """The gate is over W, the columns of the state; BX covers X. Arguments as for `chunk_scan_kernel`; p_dg
     [B, T, H, W] is written by the pass for dq and completed by the pass for dk, which cuts into the same chunks and
@@ -309,12 +271,11 @@ def chunk_scan_columns_kernel(
             else:
                 b_all, b_abs = chunk_range(b_g)
                 b_range = tl.maximum(b_range, b_abs)
-            b_e = anchored(b_g, b_all, o_t, REVERSE, SUMS % 2)
+            b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
+            if REVERSE:
+                b_e = -b_e
             b_out = tl.exp2(b_e)
-            if SPLIT:
-                b_v, b_vl = halves(b_w * tl.exp2(-b_e), dtype)
-            else:
-                b_v = (b_w * tl.exp2(-b_e)).to(dtype)
+            b_v, b_vl = halves(b_w * tl.exp2(-b_e), dtype)
         b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)
         b_d = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_a, 0.0), 1)[:, None] * b_w
         b_a = tl.where(m_a, b_a, 0.0)
@@ -357,42 +318,23 @@ def chunk_scan_columns_kernel(
             b_s *= b_half[None, :]
             if PART == KEYS:
                 b_t = tl.sum(b_h * b_s, 0) * b_half
-            if SPLIT:
-                b_a, b_al = halves(b_a, dtype)
-                b_y = tl.dot(b_al, b_v, input_precision=PRECISION)
-                b_y = tl.dot(b_a, b_vl, b_y, input_precision=PRECISION)
-                b_y = tl.dot(b_a, b_v, b_y, input_precision=PRECISION)
-            else:
-                b_y = tl.dot(b_a.to(dtype), b_v, input_precision=PRECISION)
-            if PART == KEYS and SUMS >= 2 and dtype == tl.bfloat16:
-                b_y *= b_out
-                b_i = b_k * b_y
-                b_o = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION) * b_out
-                b_y += b_o
-                b_r = matrix_sum(o_t[None, :] < o_t[:, None], b_k * b_o, dtype)
-                b_r -= matrix_sum(o_t[None, :] >= o_t[:, None], b_i, dtype)
-            else:
-                if PART == KEYS:
-                    b_t -= tl.sum(b_k * b_out * b_y, 0)
-                b_y = tl.dot(b_x, b_s.to(dtype), b_y, input_precision=PRECISION) * b_out
+            b_a, b_al = halves(b_a, dtype)
+            b_y = tl.dot(b_al, b_v, input_precision=PRECISION)
+            b_y = tl.dot(b_a, b_vl, b_y, input_precision=PRECISION)
+            b_y = tl.dot(b_a, b_v, b_y, input_precision=PRECISION)
+            if PART == KEYS:
+                b_t -= tl.sum(b_k * b_out * b_y, 0)
+            b_y = tl.dot(b_x, b_s.to(dtype), b_y, input_precision=PRECISION) * b_out
         if PART == QUERIES:
             b_q = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
-            if SUMS >= 2 and dtype == tl.bfloat16:
-                b_r = matrix_sum(o_t[None, :] >= o_t[:, None], b_q * b_y, dtype)
-            else:
-                b_r = tl.cumsum(b_q * b_y, 0, reverse=True)
-            store_tile(p_dg + i_row * W, b_r * s_y, o_c * H, o_w, m_w, W)
-        if PART == KEYS and SUMS >= 2 and dtype == tl.bfloat16 and not EXACT:
-            b_dg = load_tile(p_dg + i_row * W, o_c * H, o_w, m_w, W)
-            b_dg += (b_t[None, :] + b_r) * s_y
-            store_tile(p_dg + i_row * W, b_dg, o_c * H, o_w, m_w, W)
-        elif PART == KEYS:
+            store_tile(p_dg + i_row * W, tl.cumsum(b_q * b_y, 0, reverse=True) * s_y, o_c * H, o_w, m_w, W)
+        if PART == KEYS:
             b_kdk = tl.where(((o_c + 1 < C) & (o_t + 1 < t_e))[:, None], b_k * b_y, 0.0)
             b_dg = load_tile(p_dg + i_row * W, o_c * H, o_w, m_w, W)
             b_dg += (b_t[None, :] + (tl.cumsum(b_kdk, 0) - b_kdk)) * s_y
             store_tile(p_dg + i_row * W, b_dg, o_c * H, o_w, m_w, W)
         store_tile(p_y + i_row * W, (b_y + b_d) * s_y, o_c * H, o_w, m_w, W)
-        if SPLIT >= 2 and not EXACT:
+        if C < LONG and not EXACT:
             b_s = tl.dot(tl.trans(b_z), b_vl, b_s, input_precision=PRECISION)
         b_s = tl.dot(tl.trans(b_z), b_v, b_s, input_precision=PRECISION)
         if not EXACT:

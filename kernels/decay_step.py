@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels.decay_checks import has_step_kernel, state_dtype
-from fla_compile.kernels.decay_naive import retnet_gamma
+from fla_compile.kernels.decay_retnet import retnet_decay
 from fla_compile.kernels.decay_step_checks import check_no_gradient, check_rank, check_steps
 from fla_compile.kernels.operators import operator, register_fake
 
@@ -153,7 +153,7 @@ def retention_step(
     Sun et al. 2023, arXiv:2307.08621.
     """
     if gamma is None:
-        gamma = retnet_gamma(state.shape[1], device=q.device, dtype=state_dtype(q))
+        gamma = retnet_decay(state.shape[1], q.device, state_dtype(q))[0]
     check_rank("gamma", gamma, 1)
     return _run(q, k, v, state, gamma, scale=scale, log=False)
 

@@ -30,6 +30,7 @@ KINDS = {"none": 0, "constant": 1, "scalar": 2, "vector": 3}
 SUB = tl.constexpr(16)
 # exp(-104) is 0 in fp32, so a larger drop in one step changes nothing; this also keeps -inf out of the sums.
 LOWEST = tl.constexpr(-104.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Sums of up to 128 multiples of 2^-10 no lower than -104 are exact in fp32.
 GRID_STEPS = tl.constexpr(1024.0)
 

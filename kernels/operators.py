@@ -6,6 +6,7 @@ operands and results, which `opcheck` does in the tests. Where nothing but the k
 is called and not dispatched to. Operators that take or return lists are `custom_op`s.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,8 +22,42 @@ DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # By operator, and by the set of dispatch keys of which none but the kernel's own is left.
 _kernels: dict[OpOverload, dict[int, Callable]] = {}
-# Dynamo must not trace what runs when a program calls an operator between two graphs.
-_untraced = torch._disable_dynamo
+
+
+class _UntilDynamo:
+    """Functions that torch disables Dynamo for; before it is imported, which takes seconds, they run as they are.
+
+    A finder that finds nothing: it stands first in the search for modules until Dynamo is looked for. torch keeps what
+    it calls in a function's place in an attribute of the function, and imports Dynamo where there is none.
+    """
+
+    attribute = "__dynamo_disable"
+    functions: list[Callable] | None = None
+
+    @classmethod
+    def add(cls, function: Callable) -> None:
+        if "torch._dynamo" in sys.modules:
+            return
+        if cls.functions is None:
+            cls.functions = []
+            sys.meta_path.insert(0, cls)  # type: ignore[arg-type]
+        cls.functions.append(function)
+        setattr(function, cls.attribute, function)
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torch._dynamo" and cls.functions is not None:
+            sys.meta_path.remove(cls)  # type: ignore[arg-type]
+            for function in cls.functions:
+                function.__dict__.pop(cls.attribute, None)  # a kernel may be that of two devices
+            cls.functions = None
+
+
+def _untraced(function: Callable) -> Callable:
+    """Dynamo must not trace what runs when a program calls an operator between two graphs."""
+    disabled = torch._disable_dynamo(function)
+    _UntilDynamo.add(function)
+    return disabled
 
 
 def operator(

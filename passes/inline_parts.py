@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from fla_compile.passes.autocast import entered
-from fla_compile.passes.lowering import OverTime
 from fla_compile.passes.normalise import trace_step
+from fla_compile.passes.over_time import OverTime
 from fla_compile.passes.spellings import call_of, tensor_of
 
 VIEWS = {"movedim", "flip", "narrow", "getitem", "unfold"}

@@ -14,22 +14,11 @@ import torch
 from torch import fx, nn
 
 from fla_compile.passes.normal_form import Factor, Labels, Term, same_size
+from fla_compile.passes.over_time import OverTime
 from fla_compile.passes.polynomials import materialise
 from fla_compile.passes.step import Step, shape_of
 
 TIME = -1  # stands for the time axis among labels
-
-
-class OverTime(nn.Module):
-    """Runs a module written for one time step on all of them: operands with time lead by [T, ...]."""
-
-    def __init__(self, step: fx.GraphModule, timed: Sequence[bool]):
-        super().__init__()
-        self.step = step
-        self.in_dims = tuple(0 if t else None for t in timed)
-
-    def forward(self, *operands: Any) -> tuple[torch.Tensor, ...]:
-        return torch.vmap(self.step, in_dims=self.in_dims)(*operands)
 
 
 class Looped(nn.Module):

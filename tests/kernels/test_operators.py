@@ -1,5 +1,8 @@
 """An operator of ours is what `torch.library.custom_op` makes of the same functions."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +88,31 @@ def test_dynamo_leaves_a_kernel_alone():
     got = torch.compile(lambda x: between(x + 1) - 1, backend=backend)(x)
     torch.testing.assert_close(got, 2 * (x + 1) ** 2 - 1)
     assert any("add" in target for target in seen) and not any("mul" in target for target in seen)
+
+
+BEFORE_DYNAMO = """
+import sys, torch
+from fla_compile import ops
+x = torch.randn(1, 8, 1, 4, requires_grad=True)
+ops.linear_attention(x, x, x)[0].sum().backward()
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+targets = []
+def backend(gm, inputs):
+    targets.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+    return gm
+@torch._dynamo.disable(recursive=False)
+def between(x):
+    return torch.ops.fla_compile.linear_attention(x, x, x, None, None, 1.0)[0]
+got = torch.compile(lambda x: between(x + 1) - 1, backend=backend)(x)
+torch.testing.assert_close(got, between(x + 1) - 1)
+assert targets == ["<built-in function add>", "<built-in function sub>"], targets
+"""
+
+
+def test_a_call_does_not_import_dynamo_and_is_left_alone_once_it_is():
+    """The import takes seconds. What was registered before it is no more traced than what comes after."""
+    done = subprocess.run([sys.executable, "-c", BEFORE_DYNAMO], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_kernel_writes_is_told():
