@@ -189,8 +189,11 @@ def chunk_scan_rows_kernel(
         if not OUTPUT:
             b_total += b_all
         if OUTPUT:
-            b_a, b_al = halves(b_a, dtype)
-            b_y += tl.dot(b_al, b_w, input_precision=PRECISION) * s_y
+            if EXACT:
+                b_a = b_a.to(dtype)
+            else:
+                b_a, b_al = halves(b_a, dtype)
+                b_y += tl.dot(b_al, b_w, input_precision=PRECISION) * s_y
             b_y += tl.dot(b_a, b_w, input_precision=PRECISION) * s_y
             store_tile(p_y + i_row * W, b_y, o_c * H, o_w, m_w, W)
         if C < LONG and not EXACT:
