@@ -17,15 +17,9 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.decay_scan import chunk_scan_kernel
-from fla_compile.kernels.decay_scan_gates import (
-    KEYS,
-    PLAIN,
-    QUERIES,
-    chunk_scan_columns_kernel,
-    chunk_scan_rows_kernel,
-    largest_range,
-)
+from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES, chunk_scan_kernel
+from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
+from fla_compile.kernels.decay_scan_sums import BLOCK, SUMS, Sums, row_decay_grad_kernel
 from fla_compile.kernels.decay_segments import (
     Packing,
     Part,
@@ -74,6 +68,7 @@ class Scans:
     tall: Config
     precision: str
     limit: float
+    every: int  # chunks of a tall pass to a block of the gradient of one decay a head or row
 
     @property
     def length(self) -> int:
@@ -85,18 +80,25 @@ class Scans:
         """Segments but the last are whole chunks of so many steps: of either shape of pass."""
         return max(self.wide.chunk, self.tall.chunk)
 
+    @property
+    def state_chunk(self) -> int:
+        """The steps to a state that the pass for dq keeps."""
+        return self.tall.chunk * (1 if self.kind == "vector" else self.every)
+
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
                wide: Config | None = None, tall: Config | None = None,
-               forward: bool = False) -> Scans | None:  # fmt: skip
+               forward: bool = False, every: int | None = None) -> Scans | None:  # fmt: skip
     """None where there is no configuration for these operands; `forward` plans outputs alone, which are wide passes."""
-    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, forward)
+    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, forward,
+                 every)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
     limit: float | None, segments: int | None, wide: Config | None, tall: Config | None, forward: bool,
+    every: int | None,
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
     found = []
@@ -114,7 +116,8 @@ def _plan(
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit)
+    every = every or max(1, BLOCK // tall.chunk)
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, every)
 
 
 def _cutting(device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config) -> dict[str, int]:
@@ -129,14 +132,14 @@ def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device,
     `longest` asks for segments of about so many steps at most, in place of what fills the device.
     """
     cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall)
-    return pack(bounds, device, chunk=plan.chunk, state_chunk=plan.tall.chunk, longest=longest, **cut)
+    return pack(bounds, device, chunk=plan.chunk, state_chunk=plan.state_chunk, longest=longest, **cut)
 
 
 def _launch(
     plan: Scans, x: Tensor | None, z: Tensor, w: Tensor, g: Tensor | None, y: Tensor | None, *, tall: bool,
     reverse: bool, s0: Tensor | None, scales: tuple[float, float, float], st: Tensor | None = None,
     gt: Tensor | None = None, part: int = 0, e: Tensor | None = None, h: Tensor | None = None,
-    dg: Tensor | None = None, ranges: Tensor | None = None, packed: Part | None = None,
+    dg: Tensor | None = None, ranges: Tensor | None = None, sums: Sums | None = None, packed: Part | None = None,
 ) -> None:  # fmt: skip
     """One pass over time. Without y only the segments' own states, to st, and decays, to gt."""
     operands: tuple[Tensor | None, ...] = x, z, w, g, s0, y, st, gt
@@ -146,6 +149,10 @@ def _launch(
             ranges = _ranges(plan, _programs(plan, w, tall, packed), z)
         operands = (x, z, w, g, e, s0, y, st, ranges, h, dg) if tall else (*operands, ranges)
         numbers, exacts = (*numbers, float(plan.limit)), (True,) if plan.limit < 0 else (False, True)
+    elif sums is None:
+        operands += (None,) * 4
+    else:
+        operands += e, sums.states, sums.rows, sums.carry
     operands += (None, None) if packed is None else (packed.table, packed.joints)
     layouts = tuple(map(layout, operands))
     for exact in exacts:
@@ -171,7 +178,7 @@ def _launch_pass(
     common = tall, has_s0, packed is None and plan.T % config.chunk == 0
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel: Any = chunk_scan_kernel
-    flags: tuple[Any, ...] = (KINDS[plan.kind], reverse, output, final, *common)
+    flags: tuple[Any, ...] = (KINDS[plan.kind], part, plan.every if part else 1, reverse, output, final, *common)
     if plan.kind == "vector":
         kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
         flags = (reverse, part if tall else output, final, *common, exact)
@@ -239,6 +246,39 @@ def _packed_chain(
     return packing.part(u)
 
 
+def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
+    """What the passes for dq and dk, [B, T, H, K], fill."""
+    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
+    blocks = B * plan.segments * triton.cdiv(plan.length, plan.state_chunk) if packing is None else packing.chunks
+    columns = triton.cdiv(K, plan.tall.block_v)
+    # a vector of a state as it lies in the registers, turned or not, is one of its sides
+    carry = torch.empty(blocks * H, columns, _side(plan), dtype=torch.float32, device=like.device)
+    rows = torch.empty(B, H, SUMS.value, columns, T, dtype=torch.float32, device=like.device)
+    return Sums(torch.empty(blocks * H, V, K, dtype=like.dtype, device=like.device), rows, carry)
+
+
+def _side(plan: Scans) -> int:
+    return plan.tall.block_v if plan.tall.chunk < 64 else plan.tall.block_k
+
+
+def _launch_row_grads(plan: Scans, sums: Sums, dg: Tensor, packing: Packing | None, packed: Part | None) -> None:
+    B, T, H = plan.B, plan.T, plan.H
+    segments = plan.segments if packing is None else packing.segments
+    blocks = triton.cdiv(plan.length, plan.state_chunk) if packing is None else triton.cdiv(packing.chunks, segments)
+    table = None if packed is None else packed.table
+    key = ("rows", plan, segments, blocks, layout(table), dg.device)
+    launch = _launches.get(key)
+    if launch is None:
+        heads = min(16, triton.next_power_of_2(H))
+        numbers = (
+            T, plan.length, segments, blocks, H, plan.tall.chunk, plan.every, sums.rows.shape[3], _side(plan), heads,
+        )  # fmt: skip
+        grid = (B * segments * blocks * triton.cdiv(H, heads),)
+        launch = Launch(row_decay_grad_kernel, dg.device, grid, numbers, num_warps=4)
+        remember(_launches, key, launch)
+    launch(sums.rows, sums.carry, dg, table)
+
+
 @compiled_together
 def scan_forward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, *,
@@ -273,18 +313,26 @@ def scan_query_grad(
     return dq, ht
 
 
-@compiled_together
 def scan_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
     dht: Tensor | None, *, need_dg: bool, o: Tensor | None = None, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients (dq, dk, dv, dg, dh0); dg as g and dh0 as h0 in float32; all operands contiguous.
 
-    dg is None but for a decay over keys: the passes do not compute that of one decay per head or row. `o`, if given, is
-    filled with the outputs.
+    Without need_dg dg is None. `o`, if given, is filled with the outputs.
 
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
+    dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing)
+    return dq, dk, dv, dg if dg is None or plan.kind != "constant" else dg.sum((0, 1)), dh0
+
+
+@compiled_together
+def _launch_backward(
+    plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
+    dht: Tensor | None, need_dg: bool, o: Tensor | None, packing: Packing | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `scan_backward`, but dg of one decay a head has its steps still, [B, T, H]."""
     B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
@@ -301,22 +349,26 @@ def scan_backward(
     if o is not None:
         _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0), packed=ahead)
 
-    h = dg = ranges = None
+    h = dg = ranges = sums = None
+    parts = (PLAIN.value, PLAIN.value)
     if plan.kind == "vector":
         ranges = _ranges(plan, _programs(plan, k, True, ahead), q)
-    parts = (PLAIN.value, PLAIN.value)
-    if plan.kind == "vector" and need_dg:
+    if need_dg and plan.kind != "none":
         parts = (QUERIES.value, KEYS.value)
-        chunks = B * plan.segments * (plan.length // plan.tall.chunk) if packing is None else packing.chunks
-        h = torch.empty(chunks * H, V, K, dtype=q.dtype, device=q.device)
-        dg = torch.empty(B, T, H, K, **wide)
+        dg = torch.empty(B, T, H, *([K] if plan.kind == "vector" else []), **wide)
+        if plan.kind == "vector":
+            chunks = B * plan.segments * (plan.length // plan.tall.chunk) if packing is None else packing.chunks
+            h = torch.empty(chunks * H, V, K, dtype=q.dtype, device=q.device)
+        else:
+            sums = _new_sums(plan, q, packing)
+    shared: dict[str, Any] = dict(tall=True, h=h, dg=dg, ranges=ranges, sums=sums)
     _launch(
-        plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0),
-        part=parts[0], e=q, h=h, dg=dg, ranges=ranges, packed=ahead,
+        plan, do, v, k, g, dq, reverse=False, s0=h0, scales=(1.0, scale, 1.0), part=parts[0], e=q, packed=ahead, **shared,
     )  # fmt: skip
     _launch(
-        plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0),
-        part=parts[1], e=k, h=h, dg=dg, ranges=ranges, packed=back,
+        plan, v, do, q, g, dk, reverse=True, s0=dht, scales=(down, scale, 1.0), part=parts[1], e=k, packed=back, **shared,
     )  # fmt: skip
+    if sums is not None and dg is not None:
+        _launch_row_grads(plan, sums, dg, packing, ahead)
     _launch(plan, k, q, do, g, dv, tall=False, reverse=True, s0=dht, scales=(down, scale, scale), st=final, packed=back)
     return dq, dk, dv, dg, dh0

@@ -19,6 +19,7 @@ from fla_compile.kernels import (  # noqa: E402
     decay_fused,
     decay_scan,
     decay_scan_gates,
+    decay_scan_sums,
     decay_triton,
     decay_triton_bwd,
     decay_triton_common,
@@ -30,7 +31,7 @@ SCALE = 0.3
 KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True))
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
-WIDE |= {"p_u"}
+WIDE |= {"p_u", "p_sums", "p_carry"}
 # Narrow operands spill nothing. Float32 products are unrolled into thousands of instructions, where ptxas may set aside
 # up to four registers even when it has free ones; so are the elementwise products of the exact launch.
 STACK = {2: 0, 4: 16}
@@ -228,7 +229,11 @@ def passes_of(row, kind, values=None, packed=False):
             meta.update(p_table=None, p_u=None)
         if kind != "vector":
             meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
-            found.append((decay_scan.chunk_scan_kernel, meta))
+            plain = dict(PART=0, M=1, **dict.fromkeys(("p_e", "p_h", "p_sums", "p_carry")))
+            found.append((decay_scan.chunk_scan_kernel, meta | plain))
+            if tall and kind != "none":
+                summed = dict(PART=part, M=max(1, decay_scan_sums.BLOCK // config.chunk))
+                found.append((decay_scan.chunk_scan_kernel, meta | summed))
             continue
         kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
         meta.update(dict(PART=part) if tall else dict(OUTPUT=True))
