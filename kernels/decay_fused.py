@@ -19,7 +19,7 @@ from torch import Tensor
 from fla_compile.kernels.decay_configs import Config, configs_for
 from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
-from fla_compile.kernels.decay_scan_sums import BLOCK, SUMS, Sums, row_decay_grad_kernel
+from fla_compile.kernels.decay_scan_sums import SUMS, Sums, chunks_of_block, row_decay_grad_kernel
 from fla_compile.kernels.decay_segments import (
     Packing,
     Part,
@@ -116,7 +116,7 @@ def _plan(
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    every = every or max(1, BLOCK // tall.chunk)
+    every = every or chunks_of_block(kind, tall.chunk)
     return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, every)
 
 
@@ -246,19 +246,21 @@ def _packed_chain(
     return packing.part(u)
 
 
+def _new_states(plan: Scans, like: Tensor, packing: Packing | None) -> Tensor:
+    """A state for every `state_chunk` steps of a segment and head."""
+    chunks = plan.B * plan.segments * triton.cdiv(plan.length, plan.state_chunk) if packing is None else packing.chunks
+    return torch.empty(chunks * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+
+
 def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     """What the passes for dq and dk, [B, T, H, K], fill."""
-    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
-    blocks = B * plan.segments * triton.cdiv(plan.length, plan.state_chunk) if packing is None else packing.chunks
-    columns = triton.cdiv(K, plan.tall.block_v)
-    # a vector of a state as it lies in the registers, turned or not, is one of its sides
-    carry = torch.empty(blocks * H, columns, _side(plan), dtype=torch.float32, device=like.device)
-    rows = torch.empty(B, H, SUMS.value, columns, T, dtype=torch.float32, device=like.device)
-    return Sums(torch.empty(blocks * H, V, K, dtype=like.dtype, device=like.device), rows, carry)
-
-
-def _side(plan: Scans) -> int:
-    return plan.tall.block_v if plan.tall.chunk < 64 else plan.tall.block_k
+    states = _new_states(plan, like, packing)
+    columns = triton.cdiv(plan.K, plan.tall.block_v)
+    # the sums run along a state's rows, which are its columns where it is turned
+    side = plan.tall.block_v if plan.tall.chunk < 64 else plan.tall.block_k
+    wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
+    rows = torch.empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)
+    return Sums(states, rows, torch.empty(states.shape[0], columns, side, **wide))
 
 
 def _launch_row_grads(plan: Scans, sums: Sums, dg: Tensor, packing: Packing | None, packed: Part | None) -> None:
@@ -271,7 +273,7 @@ def _launch_row_grads(plan: Scans, sums: Sums, dg: Tensor, packing: Packing | No
     if launch is None:
         heads = min(16, triton.next_power_of_2(H))
         numbers = (
-            T, plan.length, segments, blocks, H, plan.tall.chunk, plan.every, sums.rows.shape[3], _side(plan), heads,
+            T, plan.length, segments, blocks, H, plan.tall.chunk, plan.every, *sums.carry.shape[1:], heads,
         )  # fmt: skip
         grid = (B * segments * blocks * triton.cdiv(H, heads),)
         launch = Launch(row_decay_grad_kernel, dg.device, grid, numbers, num_warps=4)
@@ -333,7 +335,7 @@ def _launch_backward(
     dht: Tensor | None, need_dg: bool, o: Tensor | None, packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """As `scan_backward`, but dg of one decay a head has its steps still, [B, T, H]."""
-    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
+    B, T, H, K = plan.B, plan.T, plan.H, plan.K
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     dh0 = None if h0 is None else torch.empty(h0.shape, **wide)
@@ -357,16 +359,16 @@ def _launch_backward(
         parts = (QUERIES.value, KEYS.value)
         dg = torch.empty(B, T, H, *([K] if plan.kind == "vector" else []), **wide)
         if plan.kind == "vector":
-            chunks = B * plan.segments * (plan.length // plan.tall.chunk) if packing is None else packing.chunks
-            h = torch.empty(chunks * H, V, K, dtype=q.dtype, device=q.device)
+            h = _new_states(plan, q, packing)
         else:
             sums = _new_sums(plan, q, packing)
-    shared: dict[str, Any] = dict(tall=True, h=h, dg=dg, ranges=ranges, sums=sums)
     _launch(
-        plan, do, v, k, g, dq, reverse=False, s0=h0, scales=(1.0, scale, 1.0), part=parts[0], e=q, packed=ahead, **shared,
+        plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0),
+        part=parts[0], e=q, h=h, dg=dg, ranges=ranges, sums=sums, packed=ahead,
     )  # fmt: skip
     _launch(
-        plan, v, do, q, g, dk, reverse=True, s0=dht, scales=(down, scale, 1.0), part=parts[1], e=k, packed=back, **shared,
+        plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0),
+        part=parts[1], e=k, h=h, dg=dg, ranges=ranges, sums=sums, packed=back,
     )  # fmt: skip
     if sums is not None and dg is not None:
         _launch_row_grads(plan, sums, dg, packing, ahead)

@@ -125,9 +125,16 @@ def interpret() -> None:
         dtype = torch.float16
         x = make_inputs(case, dtype)
         truth = naive_results(case, x, torch.float64)
-        for choices in (dict(segments=1), dict(segments=2, limit=-1.0), dict(segments=2))[: 3 if case.T == 96 else 1]:
+        ways = dict(segments=1), dict(segments=2, limit=-1.0), dict(segments=2, every=1)
+        for choices in ways[: 3 if case.T == 96 else 1]:
             check_results(case, x, run_kernels(x, scans=scans_of(case, x, scan, **choices)), dtype, truth)
         print("ok fused", case)
+    for family in FAMILIES[1:3]:  # a decay's gradient from block to block, and where nothing of the states is left
+        for decay in ("zero", "very_strong", "resets"):
+            case = Case(family, 100, decay, B=1, H=2, K=20, V=16)
+            x = make_inputs(case, torch.float16)
+            check_results(case, x, run_kernels(x, scans=scans_of(case, x, scan, segments=1)), torch.float16)
+            print("ok fused", case)
     for family in FAMILIES[:3]:  # chunks long enough that nothing is transposed
         case = Case(family, 130, "strong", B=1, H=1, K=16, V=16)
         x = make_inputs(case, torch.float16)
@@ -137,7 +144,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 23
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 29
 
 
 def test_every_size_has_a_split_row():
@@ -187,7 +194,7 @@ def test_refuses(change, message):
 def kernels_of(row, kind, values=None):
     """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
     if row.launch != "split":
-        return passes_of(row, kind, values)
+        return [*passes_of(row, kind, values), *sums_of(row, kind)]
     values = values or row.size
     config = TABLE[row][0]
     tile = dict(
@@ -216,6 +223,15 @@ def kernels_of(row, kind, values=None):
     return found
 
 
+def sums_of(row, kind):
+    """What makes the gradient of one decay a head or row from what the passes for dq and dk leave."""
+    if row.launch == "tall" and kind in ("constant", "scalar"):
+        C = TABLE[row][0].chunk
+        M = decay_scan_sums.chunks_of_block(kind, C)
+        meta = dict(H=32, C=C, M=M, NW=2, N=64, BH=16, p_table=None)
+        yield decay_scan_sums.row_decay_grad_kernel, meta
+
+
 def passes_of(row, kind, values=None, packed=False):
     config, tall = TABLE[row][0], row.launch == "tall"
     found = []
@@ -232,7 +248,7 @@ def passes_of(row, kind, values=None, packed=False):
             plain = dict(PART=0, M=1, **dict.fromkeys(("p_e", "p_h", "p_sums", "p_carry")))
             found.append((decay_scan.chunk_scan_kernel, meta | plain))
             if tall and kind != "none":
-                summed = dict(PART=part, M=max(1, decay_scan_sums.BLOCK // config.chunk))
+                summed = dict(PART=part, M=decay_scan_sums.chunks_of_block(kind, config.chunk))
                 found.append((decay_scan.chunk_scan_kernel, meta | summed))
             continue
         kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
