@@ -82,8 +82,8 @@ def narrow_packed(case, x, cu_seqlens, dtype):
         g = x.g if x.g is None or x.g.ndim == 1 else x.g[:, start:end]
         one = dataclasses.replace(case, T=end - start)
         found.append(narrow_results(one, dataclasses.replace(x, g=g, **rows, **states), dtype))
-    shared = {"dg": sum(y["dg"] for y in found)} if case.family == "retention" else {}
-    return {m: torch.cat([y[m] for y in found], 0 if m in ("final_state", "dh0") else 1) for m in found[0]} | shared
+    whole = {"dg": sum(y.pop("dg") for y in found)} if case.family == "retention" else {}
+    return {m: torch.cat([y[m] for y in found], 0 if m in ("final_state", "dh0") else 1) for m in found[0]} | whole
 
 
 def check_packed(case, x, cu_seqlens, dtype, got):
