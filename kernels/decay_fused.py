@@ -45,6 +45,7 @@ RESIDENT = 2
 FEW_STEPS = 16
 # The second launch of a pass with gates by channel works on few programs, if any: what counts is that it is right.
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
+ROW_GRAD_OPTIONS = {"num_warps": 4}
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}
@@ -276,7 +277,7 @@ def _launch_row_grads(plan: Scans, sums: Sums, dg: Tensor, packing: Packing | No
             T, plan.length, segments, blocks, H, plan.tall.chunk, plan.every, *sums.carry.shape[1:], heads,
         )  # fmt: skip
         grid = (B * segments * blocks * triton.cdiv(H, heads),)
-        launch = Launch(row_decay_grad_kernel, dg.device, grid, numbers, num_warps=4)
+        launch = Launch(row_decay_grad_kernel, dg.device, grid, numbers, **ROW_GRAD_OPTIONS)
         remember(_launches, key, launch)
     launch(sums.rows, sums.carry, dg, table)
 

@@ -282,6 +282,8 @@ def compile_kernel(kernel, constants, row, kind, precision):
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if constants.get("EXACT"):
         options = decay_fused.EXACT_OPTIONS
+    elif kernel is decay_scan_sums.row_decay_grad_kernel:
+        options = decay_fused.ROW_GRAD_OPTIONS
     return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)
 
 
