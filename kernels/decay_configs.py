@@ -2,7 +2,8 @@
 
 A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Launches: `split`, and
 the two shapes of pass of the fused one, whose programs hold a state of all rows of the class and block_v columns:
-`wide` with K rows (the output and dv) and `tall` with V rows (dq and dk). Families: `row` (no decay, or one a head or
+`wide` with K rows (the output and dv) and `tall` with V rows (dq and dk), which under one decay a head or row are
+`grads` where they leave that decay's gradient too. Families: `row` (no decay, or one a head or
 row) and `key` (one a key). Head size classes bound the larger of K and V, or the rows of the state.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs.
 Narrow rows compile without spilling but where one says how much, which measured faster than any tile that does not
@@ -63,14 +64,15 @@ def _split(arch: int, family: str, nbytes: int, *config: int) -> dict[Row, tuple
 
 
 def _passes(
-    arch: int, family: str, size: int, wide: tuple[int, ...], tall: tuple[int, ...]
+    arch: int, family: str, size: int, wide: tuple[int, ...], tall: tuple[int, ...], grads: tuple[int, ...] = ()
 ) -> dict[Row, tuple[Config, ...]]:
     """The fused launch takes operands of two bytes, and all rows of a state at once."""
-    shapes = {"wide": wide, "tall": tall}
+    shapes = {"wide": wide, "tall": tall} | ({"grads": grads or tall} if family == "row" else {})
     return {Row(arch, name, family, 2, size): (Config(x[0], size, *x[1:]),) for name, x in shapes.items()}
 
 
-# Columns: chunk, block_k, block_v, num_warps, num_stages, shared, stack; a pass has no block_k, and `wide` is first.
+# Columns: chunk, block_k, block_v, num_warps, num_stages, shared, stack; a pass has no block_k, and `wide` is first,
+# then `tall`, and `grads` where that is not `tall`.
 TABLE: dict[Row, tuple[Config, ...]] = {
     **_split(80, "row", 2, 64, 32, 32, 4, 2, 16384),
     **_split(80, "key", 2, 64, 32, 64, 4, 2, 25088),
@@ -84,12 +86,12 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_split(100, "key", 2, 64, 32, 64, 4, 2, 32784),
     **_split(100, "row", 4, 32, 16, 16, 4, 1, 8192),
     **_split(100, "key", 4, 32, 32, 32, 4, 2, 16896),
-    **_passes(80, "row", 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408)),
+    **_passes(80, "row", 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408), (32, 64, 4, 2, 24576)),
     **_passes(80, "row", 128, (32, 64, 8, 2, 37888), (32, 64, 8, 2, 37888)),
     **_passes(80, "key", 64, (32, 64, 4, 2, 36864), (32, 16, 4, 2, 15360)),
     **_passes(80, "key", 128, (32, 32, 4, 2, 67584), (32, 32, 8, 2, 26624)),
     **_passes(90, "row", 64, (64, 64, 4, 3, 82944), (64, 64, 4, 3, 82944)),
-    **_passes(90, "row", 128, (32, 64, 4, 3, 60416), (32, 64, 4, 3, 60416)),
+    **_passes(90, "row", 128, (32, 64, 4, 4, 80896), (32, 64, 4, 4, 80896), (64, 64, 4, 2, 91392, 96)),
     **_passes(90, "key", 64, (64, 64, 4, 2, 90112), (64, 32, 4, 2, 57344)),
     **_passes(90, "key", 128, (64, 128, 8, 2, 180224, 184), (64, 32, 4, 2, 90112, 24)),
 }

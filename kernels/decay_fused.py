@@ -17,15 +17,9 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.decay_scan import chunk_scan_kernel
-from fla_compile.kernels.decay_scan_gates import (
-    KEYS,
-    PLAIN,
-    QUERIES,
-    chunk_scan_columns_kernel,
-    chunk_scan_rows_kernel,
-    largest_range,
-)
+from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES, chunk_scan_kernel
+from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
+from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
 from fla_compile.kernels.decay_segments import (
     Packing,
     Part,
@@ -51,6 +45,7 @@ RESIDENT = 2
 FEW_STEPS = 16
 # The second launch of a pass with gates by channel works on few programs, if any: what counts is that it is right.
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
+ROW_GRAD_OPTIONS = {"num_warps": 4}
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}
@@ -88,19 +83,23 @@ class Scans:
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
                wide: Config | None = None, tall: Config | None = None,
-               forward: bool = False) -> Scans | None:  # fmt: skip
-    """None where there is no configuration for these operands; `forward` plans outputs alone, which are wide passes."""
-    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, forward)
+               forward: bool = False, need_dg: bool = False) -> Scans | None:  # fmt: skip
+    """None where there is no configuration for these operands.
+
+    `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient.
+    """
+    launches = ("wide",) if forward else ("wide", "grads" if need_dg and kind in ("constant", "scalar") else "tall")
+    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, launches)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
-    limit: float | None, segments: int | None, wide: Config | None, tall: Config | None, forward: bool,
+    limit: float | None, segments: int | None, wide: Config | None, tall: Config | None, launches: tuple[str, ...],
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
     found = []
-    for given, launch, size in ((wide, "wide", K), (tall, "tall", V))[: 1 if forward else 2]:
+    for launch, given, size in zip(launches, (wide, tall), (K, V), strict=False):
         rows = (given,) if given else configs_for(arch, launch, kind, dtype.itemsize, size, shared)
         if not rows:
             return None
@@ -109,7 +108,7 @@ def _plan(
     # the two directions cut time alike, whatever their chunks
     chunk = max(wide.chunk, tall.chunk)
     if segments is None:
-        cut = _cutting(device, H, V if forward else K, V, wide, tall)
+        cut = _cutting(device, H, V if len(launches) == 1 else K, V, wide, tall)
         segments = segment_count(T, steps=B * T, chunk=chunk, **cut)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
@@ -136,7 +135,7 @@ def _launch(
     plan: Scans, x: Tensor | None, z: Tensor, w: Tensor, g: Tensor | None, y: Tensor | None, *, tall: bool,
     reverse: bool, s0: Tensor | None, scales: tuple[float, float, float], st: Tensor | None = None,
     gt: Tensor | None = None, part: int = 0, e: Tensor | None = None, h: Tensor | None = None,
-    dg: Tensor | None = None, ranges: Tensor | None = None, packed: Part | None = None,
+    dg: Tensor | None = None, ranges: Tensor | None = None, sums: Sums | None = None, packed: Part | None = None,
 ) -> None:  # fmt: skip
     """One pass over time. Without y only the segments' own states, to st, and decays, to gt."""
     operands: tuple[Tensor | None, ...] = x, z, w, g, s0, y, st, gt
@@ -146,6 +145,10 @@ def _launch(
             ranges = _ranges(plan, _programs(plan, w, tall, packed), z)
         operands = (x, z, w, g, e, s0, y, st, ranges, h, dg) if tall else (*operands, ranges)
         numbers, exacts = (*numbers, float(plan.limit)), (True,) if plan.limit < 0 else (False, True)
+    elif sums is None:
+        operands += (None,) * 4
+    else:
+        operands += e, sums.states, sums.rows, sums.carry
     operands += (None, None) if packed is None else (packed.table, packed.joints)
     layouts = tuple(map(layout, operands))
     for exact in exacts:
@@ -171,7 +174,7 @@ def _launch_pass(
     common = tall, has_s0, packed is None and plan.T % config.chunk == 0
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel: Any = chunk_scan_kernel
-    flags: tuple[Any, ...] = (KINDS[plan.kind], reverse, output, final, *common)
+    flags: tuple[Any, ...] = (KINDS[plan.kind], part, reverse, output, final, *common)
     if plan.kind == "vector":
         kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
         flags = (reverse, part if tall else output, final, *common, exact)
@@ -239,6 +242,39 @@ def _packed_chain(
     return packing.part(u)
 
 
+def _new_states(plan: Scans, like: Tensor, packing: Packing | None) -> Tensor:
+    """A state for every chunk of a tall pass of each segment and head."""
+    chunks = plan.B * plan.segments * triton.cdiv(plan.length, plan.tall.chunk) if packing is None else packing.chunks
+    return torch.empty(chunks * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+
+
+def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
+    """What the passes for dq and dk, [B, T, H, K], fill."""
+    states = _new_states(plan, like, packing)
+    columns = triton.cdiv(plan.K, plan.tall.block_v)
+    # the sums run along a state's rows, which are its columns where it is turned
+    side = plan.tall.block_v if plan.tall.chunk < 64 else plan.tall.block_k
+    wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
+    rows = torch.empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)
+    return Sums(states, rows, torch.empty(states.shape[0], columns, side, **wide))
+
+
+def _launch_row_grads(plan: Scans, sums: Sums, dg: Tensor, packing: Packing | None, packed: Part | None) -> None:
+    B, T, H = plan.B, plan.T, plan.H
+    segments = plan.segments if packing is None else packing.segments
+    chunks = triton.cdiv(plan.length, plan.tall.chunk) if packing is None else triton.cdiv(packing.chunks, segments)
+    table = None if packed is None else packed.table
+    key = ("rows", plan, segments, chunks, layout(table), dg.device)
+    launch = _launches.get(key)
+    if launch is None:
+        heads = min(16, triton.next_power_of_2(H))
+        numbers = T, plan.length, segments, chunks, H, plan.tall.chunk, *sums.carry.shape[1:], heads
+        grid = (B * segments * chunks * triton.cdiv(H, heads),)
+        launch = Launch(row_decay_grad_kernel, dg.device, grid, numbers, **ROW_GRAD_OPTIONS)
+        remember(_launches, key, launch)
+    launch(sums.rows, sums.carry, dg, table)
+
+
 @compiled_together
 def scan_forward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, *,
@@ -273,19 +309,27 @@ def scan_query_grad(
     return dq, ht
 
 
-@compiled_together
 def scan_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
     dht: Tensor | None, *, need_dg: bool, o: Tensor | None = None, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients (dq, dk, dv, dg, dh0); dg as g and dh0 as h0 in float32; all operands contiguous.
 
-    dg is None but for a decay over keys: the passes do not compute that of one decay per head or row. `o`, if given, is
-    filled with the outputs.
+    Without need_dg dg is None. `o`, if given, is filled with the outputs.
 
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
-    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
+    dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing)
+    return dq, dk, dv, dg if dg is None or plan.kind != "constant" else dg.sum((0, 1)), dh0
+
+
+@compiled_together
+def _launch_backward(
+    plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
+    dht: Tensor | None, need_dg: bool, o: Tensor | None, packing: Packing | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `scan_backward`, but dg of one decay a head has its steps still, [B, T, H]."""
+    B, T, H, K = plan.B, plan.T, plan.H, plan.K
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     dh0 = None if h0 is None else torch.empty(h0.shape, **wide)
@@ -301,22 +345,26 @@ def scan_backward(
     if o is not None:
         _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0), packed=ahead)
 
-    h = dg = ranges = None
+    h = dg = ranges = sums = None
+    parts = (PLAIN.value, PLAIN.value)
     if plan.kind == "vector":
         ranges = _ranges(plan, _programs(plan, k, True, ahead), q)
-    parts = (PLAIN.value, PLAIN.value)
-    if plan.kind == "vector" and need_dg:
+    if need_dg and plan.kind != "none":
         parts = (QUERIES.value, KEYS.value)
-        chunks = B * plan.segments * (plan.length // plan.tall.chunk) if packing is None else packing.chunks
-        h = torch.empty(chunks * H, V, K, dtype=q.dtype, device=q.device)
-        dg = torch.empty(B, T, H, K, **wide)
+        dg = torch.empty(B, T, H, *([K] if plan.kind == "vector" else []), **wide)
+        if plan.kind == "vector":
+            h = _new_states(plan, q, packing)
+        else:
+            sums = _new_sums(plan, q, packing)
     _launch(
         plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0),
-        part=parts[0], e=q, h=h, dg=dg, ranges=ranges, packed=ahead,
+        part=parts[0], e=q, h=h, dg=dg, ranges=ranges, sums=sums, packed=ahead,
     )  # fmt: skip
     _launch(
         plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0),
-        part=parts[1], e=k, h=h, dg=dg, ranges=ranges, packed=back,
+        part=parts[1], e=k, h=h, dg=dg, ranges=ranges, sums=sums, packed=back,
     )  # fmt: skip
+    if sums is not None and dg is not None:
+        _launch_row_grads(plan, sums, dg, packing, ahead)
     _launch(plan, k, q, do, g, dv, tall=False, reverse=True, s0=dht, scales=(down, scale, scale), st=final, packed=back)
     return dq, dk, dv, dg, dh0

@@ -19,13 +19,15 @@ In chunks of C rows, with c_i the sum of g from the start of the chunk to row i 
 All exponents are <= 0 where g <= 0.
 
 Time may be cut into segments of L steps, each its own program with its own initial state, or into those of a table of
-packed sequences (`decay_segments`).
+packed sequences (`decay_segments`). The passes for dq and dk also write what the decay's gradient is made of
+(`decay_scan_sums`).
 Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
 """
 
 import triton
 import triton.language as tl
 
+from fla_compile.kernels.decay_scan_sums import SUMS
 from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_triton_common import (
     CONSTANT_DECAY,
@@ -37,6 +39,9 @@ from fla_compile.kernels.decay_triton_common import (
 )
 
 __all__ = [
+    "KEYS",
+    "PLAIN",
+    "QUERIES",
     "chunk_scan_kernel",
     "load_state",
     "load_tile",
@@ -48,6 +53,11 @@ __all__ = [
     "store_tile",
     "tile_mask",
 ]
+
+# What a pass computes beside y: nothing, or its share of the decay's gradient as the pass for dq or for dk.
+PLAIN = tl.constexpr(0)
+QUERIES = tl.constexpr(1)
+KEYS = tl.constexpr(2)
 
 
 @triton.jit
@@ -190,22 +200,30 @@ def product(b_x, b_y, b_sum, TURNED: tl.constexpr, PRECISION: tl.constexpr):
         return tl.dot(b_x, b_y, b_sum, input_precision=PRECISION)
 
 
+@triton.jit
+def store_sums(p_r, b_y, b_e, s_y, m_r, TURNED: tl.constexpr):
+    """The rows' sums of y e over the columns."""
+    tl.store(p_r, tl.sum(turn(b_y, TURNED) * b_e, 1) * s_y, mask=m_r)
+
+
 @triton.jit(do_not_specialize=["T", "L", "n_s"])
 def chunk_scan_kernel(
-    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_table, p_u, s_in, s_y, s_st, T, L, n_s,
+    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_gt, p_e, p_h, p_sums, p_carry, p_table, p_u, s_in, s_y, s_st, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
+    DECAY: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BX covers X. Without OUTPUT only the final state is written, to p_st, and the segment's decay to p_gt.
 
     The initial state is read times s_in, y is written times s_y, the final state times s_st. Packed sequences have a
-    table, and states p_u where their segments meet if any does.
+    table, and states p_u where their segments meet if any does. As QUERIES or KEYS the pass has its queries or keys in
+    p_e, and leaves sums of each row, the state before each chunk, p_h, which lies as the registers do, and sums of it
+    with its gradient.
     """
     if p_table is None:
         i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
     else:
-        i_w, i_nh, i_h, i_seq, t_a, t_e, _, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
+        i_w, i_nh, i_h, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
     # Products of a warp group have 64 rows. Where a chunk has fewer, its products are taken transposed, and the state
@@ -233,6 +251,20 @@ def chunk_scan_kernel(
         if OUTPUT:
             o_i, o_j = steps(o_c, TURNED != REVERSE)
             b_f = decay_power((o_i - o_j) * s_g, 0.0, EXACT)
+    if PART != PLAIN:
+        NW: tl.constexpr = tl.cdiv(W, BW)
+        N: tl.constexpr = BW if TURNED else BX
+        o_n = tl.arange(0, N)
+        if TURNED:
+            m_h = tile_mask(o_w < W, o_x, X, BX, W % BW == 0)
+        else:
+            m_h = m_s
+        if p_table is None:
+            i_state = i_nh * tl.cdiv(L, C)
+            i_bh = i_nh // H // n_s * H + i_h
+        else:
+            i_bh = i_h.to(tl.int64)
+        p_r = p_sums + ((i_bh * SUMS + (PART - 1)) * NW + i_w) * T
     for i_n in range(n_c):
         i_c = i_n
         if REVERSE:
@@ -250,6 +282,9 @@ def chunk_scan_kernel(
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
         b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
+        if PART != PLAIN:
+            b_e = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
+            m_r = None if EVEN else m_c
         if DECAY == CONSTANT_DECAY:
             n_r = C if EVEN else tl.minimum(t_e - t_0, C)
             b_r = tl.minimum(o_c + 1, n_r)
@@ -280,7 +315,19 @@ def chunk_scan_kernel(
                     b_y *= turn(b_down[:, None], TURNED)
                 else:
                     b_y *= turn(b_up[:, None], TURNED)
-            b_y = product(turn(b_p, TURNED), b_w, b_y, TURNED, PRECISION)
+            if PART == KEYS:
+                b_i = product(turn(b_p, TURNED), b_w, None, TURNED, PRECISION)
+                store_sums(p_r + o_t, b_i, b_e, s_y, m_r, TURNED)
+                store_sums(p_r + NW * T + o_t, b_y, b_e, s_y, m_r, TURNED)
+                b_y += b_i
+            else:
+                b_y = product(turn(b_p, TURNED), b_w, b_y, TURNED, PRECISION)
+            if PART == QUERIES:
+                store_sums(p_r + o_t, b_y, b_e, s_y, m_r, TURNED)
+                if TURNED:
+                    store_state(p_h, i_state + i_c, b_s, o_w, o_x, m_h, W, X)
+                else:
+                    store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_h, X, W)
             store_tile(p_y + i_row * W, turn(b_y * s_y, TURNED), o_c * H, o_w, m_w, W)
         if DECAY != NO_DECAY:
             if REVERSE:
@@ -288,6 +335,12 @@ def chunk_scan_kernel(
             else:
                 b_w = (b_w * b_down[:, None]).to(dtype)
             b_s *= b_all
+        if PART == KEYS:
+            if TURNED:
+                b_h = load_state(p_h, i_state + i_c, o_w, o_x, m_h, W, X, False)
+            else:
+                b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_h, X, W, False)
+            tl.store(p_carry + ((i_state + i_c) * NW + i_w) * N + o_n, tl.sum(b_h * b_s, 1) * s_y)
         b_s = product(tl.trans(b_z), b_w, b_s, TURNED, PRECISION)
     b_s = turn(b_s * s_st, TURNED)
     if FINAL:

@@ -34,6 +34,8 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_scan import (
+    KEYS,
+    QUERIES,
     load_state,
     load_tile,
     packed_program,
@@ -46,12 +48,8 @@ from fla_compile.kernels.decay_scan import (
 )
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
-__all__ = ["KEYS", "PLAIN", "QUERIES", "chunk_scan_columns_kernel", "chunk_scan_rows_kernel", "largest_range"]
+__all__ = ["chunk_scan_columns_kernel", "chunk_scan_rows_kernel", "largest_range"]
 
-# What a pass computes beside y: nothing, or its share of the decay's gradient as the pass for dq or for dk.
-PLAIN = tl.constexpr(0)
-QUERIES = tl.constexpr(1)
-KEYS = tl.constexpr(2)
 # Rows of a chunk from which on one part of z~ or w~ is enough for the state.
 LONG = tl.constexpr(64)
 

@@ -152,10 +152,8 @@ def chunk_backward(
         dg, dh0 = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, dh0
     with torch.cuda.device_of(q):
-        # The fused launch divides by the scale, and has no gradient of one decay per head or row.
-        rows = need_dg and kind in ("constant", "scalar")
-        if config is None and scans is None and scale != 0 and not rows:
-            scans = plan_scans(q, v, kind)
+        if config is None and scans is None and scale != 0:  # the fused launch divides by it
+            scans = plan_scans(q, v, kind, need_dg=need_dg)
         if scans is not None:
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
         plan = plan_launch(q, v, kind, config)

@@ -61,14 +61,14 @@ def packed_backward(
     scans: Scans | None = None,
     longest: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:
-    """Gradients (dq, dk, dv, dg, dh0), dg and dh0 in float32; None where there is no fused launch, as for dg of one
-    decay a head or row, or a scale of zero, which it divides by. Arguments and errors as for `packed_forward`.
+    """Gradients (dq, dk, dv, dg, dh0), dg and dh0 in float32; None where there is no fused launch, as for a scale
+    of zero, which it divides by. Arguments and errors as for `packed_forward`.
     """
     kind = check_shapes(q, k, v, g)
-    if not _fits(q) or scale == 0 or (need_dg and kind in ("constant", "scalar")):
+    if not _fits(q) or scale == 0:
         return None
     with torch.cuda.device_of(q):
-        scans = scans or plan_scans(q, v, kind)
+        scans = scans or plan_scans(q, v, kind, need_dg=need_dg)
         if scans is None:
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)

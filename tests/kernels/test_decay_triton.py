@@ -19,6 +19,7 @@ from fla_compile.kernels import (  # noqa: E402
     decay_fused,
     decay_scan,
     decay_scan_gates,
+    decay_scan_sums,
     decay_triton,
     decay_triton_bwd,
     decay_triton_common,
@@ -30,7 +31,7 @@ SCALE = 0.3
 KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True))
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
-WIDE |= {"p_u"}
+WIDE |= {"p_u", "p_sums", "p_carry"}
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch.
@@ -125,9 +126,16 @@ def interpret() -> None:
         dtype = torch.float16
         x = make_inputs(case, dtype)
         truth = naive_results(case, x, torch.float64)
-        for choices in (dict(segments=1), dict(segments=2, limit=-1.0), dict(segments=2))[: 3 if case.T == 96 else 1]:
+        ways = dict(segments=1), dict(segments=2, limit=-1.0)
+        for choices in ways[: 2 if case.T == 96 else 1]:
             check_results(case, x, run_kernels(x, scans=scans_of(case, x, scan, **choices)), dtype, truth)
         print("ok fused", case)
+    for family in FAMILIES[1:3]:  # a decay's gradient from block to block, and where nothing of the states is left
+        for decay in ("zero", "very_strong", "resets"):
+            case = Case(family, 100, decay, B=1, H=2, K=20, V=16)
+            x = make_inputs(case, torch.float16)
+            check_results(case, x, run_kernels(x, scans=scans_of(case, x, scan, segments=1)), torch.float16)
+            print("ok fused", case)
     for family in FAMILIES[:3]:  # chunks long enough that nothing is transposed
         case = Case(family, 130, "strong", B=1, H=1, K=16, V=16)
         x = make_inputs(case, torch.float16)
@@ -137,7 +145,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 23
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 29
 
 
 def test_every_size_has_a_split_row():
@@ -187,7 +195,7 @@ def test_refuses(change, message):
 def kernels_of(row, kind, values=None):
     """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
     if row.launch != "split":
-        return passes_of(row, kind, values)
+        return [*passes_of(row, kind, values), *sums_of(row, kind)]
     values = values or row.size
     config = TABLE[row][0]
     tile = dict(
@@ -216,8 +224,15 @@ def kernels_of(row, kind, values=None):
     return found
 
 
+def sums_of(row, kind):
+    """What makes the gradient of one decay a head or row from what the passes for dq and dk leave."""
+    if row.launch == "grads" and kind in ("constant", "scalar"):
+        meta = dict(H=32, C=TABLE[row][0].chunk, NW=2, N=64, BH=16, p_table=None)
+        yield decay_scan_sums.row_decay_grad_kernel, meta
+
+
 def passes_of(row, kind, values=None, packed=False):
-    config, tall = TABLE[row][0], row.launch == "tall"
+    config, tall = TABLE[row][0], row.launch != "wide"
     found = []
     for reverse in (False, True):
         part = (1 + reverse) * tall
@@ -229,7 +244,11 @@ def passes_of(row, kind, values=None, packed=False):
             meta.update(p_table=None, p_u=None)
         if kind != "vector":
             meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
-            found.append((decay_scan.chunk_scan_kernel, meta))
+            plain = dict(PART=0, **dict.fromkeys(("p_e", "p_h", "p_sums", "p_carry")))
+            if row.launch != "grads":
+                found.append((decay_scan.chunk_scan_kernel, meta | plain))
+            elif kind != "none":
+                found.append((decay_scan.chunk_scan_kernel, meta | dict(PART=part)))
             continue
         kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
         meta.update(dict(PART=part) if tall else dict(OUTPUT=True))
@@ -262,6 +281,8 @@ def compile_kernel(kernel, constants, row, kind, precision):
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if constants.get("EXACT"):
         options = decay_fused.EXACT_OPTIONS
+    elif kernel is decay_scan_sums.row_decay_grad_kernel:
+        options = decay_fused.ROW_GRAD_OPTIONS
     return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)
 
 

@@ -1,0 +1,83 @@
+"""The gradient of one decay a head or row, from what the passes for dq and dk of `decay_scan` leave beside these.
+
+The gradient at row t is the sum of all paths from j < t to i >= t. Counted by the rows they end or begin at, it is
+
+    dg_t = dg_{t+1} + q_t . dq_t - k_t . dk_t
+
+where the products must be those of the float32 sums: what cancels is larger than what stays. In a chunk, with X the sum
+of the paths across all of it, dk' the part of dk that goes through the gradient R after the chunk and dk" the part
+inside the chunk,
+
+    dg_t = X + sum_{i >= t} (q_i . dq_i - k_i . dk"_i) + sum_{j < t} k_j . dk'_j
+
+in which nothing is taken away that a decay has cut: dq and dk" have the same scores, so that their diagonals cancel to
+the last digit. With S the state before the chunk and L its decay, X = e^L <S, R>.
+
+The pass for dq writes q . dq and S, the pass for dk writes k . dk", k . dk' and, from S, e^L S R; all are sums over the
+program's own columns.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla_compile.kernels.decay_segments import COLUMNS
+
+__all__ = ["SUMS", "Sums", "row_decay_grad_kernel"]
+
+# Sums a row and block of columns: q . dq, k . dk" and k . dk'.
+SUMS = tl.constexpr(3)
+
+
+@triton.jit(do_not_specialize=["T", "L", "n_s", "n_p"])
+def row_decay_grad_kernel(
+    p_sums, p_carry, p_dg, p_table, T, L, n_s, n_p,
+    H: tl.constexpr, C: tl.constexpr, NW: tl.constexpr, N: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """p_sums [B, H, 3, NW, T] and p_carry [B, segments, H, chunks, NW, N], where NW counts blocks of columns, to
+    p_dg [B, T, H]; n_p programs for each of n_s segments and BH heads, which share its chunks."""
+    NH: tl.constexpr = tl.cdiv(H, BH)
+    i_p = tl.program_id(0)
+    i_n = i_p // NH // n_p
+    o_h = (i_p % NH) * BH + tl.arange(0, BH)
+    o_c = tl.arange(0, C)
+    o_n = tl.arange(0, N)
+    m_h = o_h < H
+    i_b = (i_n // n_s).to(tl.int64)
+    if p_table is None:
+        t_a = (i_n % n_s) * L
+        t_e = tl.minimum(t_a + L, T)
+        n_c = tl.cdiv(L, C)
+        i_first = i_n.to(tl.int64) * H * n_c
+    else:
+        p_row = p_table + i_n * COLUMNS
+        t_a = tl.load(p_row)
+        t_e = tl.load(p_row + 1)
+        n_c = tl.cdiv(t_e - t_a, C)
+        i_first = tl.load(p_row + 2).to(tl.int64) * H
+    p_h = p_sums + ((i_b * H + o_h) * (SUMS * NW) * T)[:, None]
+    for i_c in range((i_p // NH) % n_p, tl.cdiv(t_e - t_a, C), n_p):
+        o_t = t_a + i_c * C + o_c
+        m_t = m_h[:, None] & (o_t < t_e)[None, :]
+        b_across = tl.zeros((BH,), tl.float32)
+        b_to = tl.zeros((BH, C), tl.float32)
+        b_from = tl.zeros((BH, C), tl.float32)
+        for i_w in tl.static_range(NW):
+            p_t = p_h + i_w * T + o_t[None, :]
+            b_to += tl.load(p_t, mask=m_t, other=0.0) - tl.load(p_t + NW * T, mask=m_t, other=0.0)
+            b_from += tl.load(p_t + 2 * NW * T, mask=m_t, other=0.0)
+            p_s = p_carry + (((i_first + o_h * n_c + i_c) * NW + i_w) * N)[:, None] + o_n[None, :]
+            b_across += tl.sum(tl.load(p_s, mask=m_h[:, None], other=0.0), 1)
+        b_dg = b_across[:, None] + tl.cumsum(b_to, 1, reverse=True) + (tl.cumsum(b_from, 1) - b_from)
+        tl.store(p_dg + ((i_b * T + o_t) * H)[None, :] + o_h[:, None], b_dg, mask=m_t)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the passes leave: the state [V, K] before each chunk, the sums of each row, and those of states."""
+
+    states: Tensor
+    rows: Tensor
+    carry: Tensor
