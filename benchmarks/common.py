@@ -1,6 +1,7 @@
 """What every benchmark shares: the machine's description, tables, JSON files, fresh processes."""
 
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,12 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"device": name, "python": platform.python_version(), "versions": versions, "date": date}
+
+
+def skip_autotuning() -> None:
+    """Let fla's kernels run in their first configuration, as its parity tests do: tuning takes minutes an op."""
+    sys.path.append(str(ROOT / "tests"))
+    importlib.import_module("support.peers").skip_autotuning()
 
 
 def processor() -> str:

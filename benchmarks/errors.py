@@ -8,12 +8,10 @@ difference over that of the truth, tensor by tensor; "fla / ours" above 1 says t
 """
 
 import argparse
-import importlib
-import sys
 from typing import Any
 
 import torch
-from common import ROOT, save, table
+from common import save, skip_autotuning, table
 from decayed import FLA, decayed, operands
 from torch import Tensor
 
@@ -69,8 +67,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("a CUDA device is needed, and torch sees none; --device cpu runs on the CPU, ours alone")
     if args.no_autotune:
-        sys.path.append(str(ROOT / "tests"))
-        importlib.import_module("support.peers").skip_autotuning()
+        skip_autotuning()
     B, T, H, D = args.shape
     rows: list[dict[str, Any]] = []
     for op in args.ops:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, environment, save, table
+from common import ROOT, environment, save, skip_autotuning, table
 from decayed import FLA, Shape, decayed, operands
 from timing import floors, kernel_milliseconds, milliseconds
 from torch import Tensor
@@ -218,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where")
     p.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing more is begun")
     p.add_argument("--resume", action="store_true", help="keep what the file holds")
+    p.add_argument("--no-autotune", action="store_true", help="fla's kernels in their first configuration that runs")
     p.add_argument("--plot", action="store_true", help="only draw what the file holds")
     p.add_argument("--results", default="kernels", help="the file's name")
     args = p.parse_args(arguments)
@@ -230,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("a CUDA device is needed, and torch sees none")
 
+    if args.no_autotune:
+        skip_autotuning()
     of, start = commit(), time.perf_counter()
     rows = kept(path, args.device, of) if args.resume else []
     done = {(row["who"], row["op"], row["shape"]) for row in rows}
@@ -246,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         inputs = operands(op, shape, args.device)
         row = dict(zip(("who", "op", "shape"), key, strict=True), commit=of, **floors(inputs, inputs[2]))
+        if who == "fla":
+            row["autotuned"] = not args.no_autotune
         rows.append(row | measure(f, inputs, args.device))
         print(rows[-1], flush=True)
         save(args.results, args.device, SECTION, rows, vars(args))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT
+from common import skip_autotuning
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -86,8 +86,7 @@ def build(args: argparse.Namespace) -> PreTrainedModel:
     if attention.flash_attn_func is None:
         attention.flash_attn_func = causal_attention
     if args.no_autotune:
-        sys.path.append(str(ROOT / "tests"))
-        importlib.import_module("support.peers").skip_autotuning()
+        skip_autotuning()
     theirs = create("fla.models", **(alone if args.fla_linear_loss and args.model != "KDA" else {}))
     theirs.load_state_dict(ours.state_dict())
     return theirs
