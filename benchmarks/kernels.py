@@ -142,6 +142,8 @@ def beside(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 if f"{part} ms" in theirs:
                     line[f"{part}: fla / ours"] = theirs[f"{part} ms"] / line[part]
         line |= {"kernels": row.get("kernels ms"), "GiB": row.get("over inputs GiB")}
+        if not (theirs if who == "ours" else row).get("autotuned", True):
+            line["note"] = "fla not tuned"
         line["error"] = row.get("error") or (f"fla: {theirs['error']}" if "error" in theirs else None)
         found.append(line)
     return found
@@ -157,7 +159,10 @@ def crossing(linear: dict[int, float], quadratic: dict[int, float]) -> float | N
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path, device: str) -> None:
-    """Time against steps at the setting with the most lengths; where an op meets softmax attention is marked."""
+    """Time against steps at the setting with the most lengths; where an op meets softmax attention is marked.
+
+    What fla takes without tuning is left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,7 +171,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, device: str) -> None:
     settings: dict[tuple[str, ...], dict[tuple[str, str], dict[int, float]]] = {}
     for row in rows:
         B, T, H, D = row["shape"].split(",")
-        if "fwd+bwd ms" in row:
+        if "fwd+bwd ms" in row and row.get("autotuned", True):
             settings.setdefault((B, H, D), {}).setdefault((row["who"], row["op"]), {})[int(T)] = row["fwd+bwd ms"]
     if not settings:
         return
