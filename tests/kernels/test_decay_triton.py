@@ -10,6 +10,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
 from budget import check_budget  # noqa: E402
+from decay_ahead import compile_kernel, kernels_of, most_stack  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
@@ -17,25 +18,13 @@ from range_cases import check_where_finite  # noqa: E402
 
 from fla_compile.kernels import (  # noqa: E402
     decay_fused,
-    decay_scan,
-    decay_scan_gates,
-    decay_scan_sums,
     decay_triton,
-    decay_triton_bwd,
     decay_triton_common,
-    decay_triton_grads,
 )
 from fla_compile.kernels.decay_configs import KINDS, TABLE, Config, all_configs, configs_for  # noqa: E402
 
 SCALE = 0.3
 KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True))
-POINTERS = {2: "*bf16", 4: "*fp32"}
-WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
-WIDE |= {"p_u", "p_sums", "p_carry"}
-# Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
-# where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
-# exact launch.
-STACK = {2: 0, 4: 16}
 # Relative rms error a narrow kernel may have whatever the narrow loop does: four roundings of its operands, and for
 # dg, a difference of such sums, sixteen.
 CAP = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12}
@@ -190,105 +179,6 @@ def test_refuses(change, message):
     args = {n: torch.zeros(1, 2, 1, 4) for n in "qkv"} | {"g": None} | change
     with pytest.raises(ValueError, match=message):
         decay_triton.chunk_forward(*args.values(), None, 1.0)
-
-
-def kernels_of(row, kind, values=None):
-    """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
-    if row.launch != "split":
-        return [*passes_of(row, kind, values), *sums_of(row, kind)]
-    values = values or row.size
-    config = TABLE[row][0]
-    tile = dict(
-        K=row.size, V=values, C=config.chunk, BK=min(config.block_k, row.size), BV=config.block_v,
-        DECAY=decay_triton_common.KINDS[kind],
-    )  # fmt: skip
-    common, forward, backward, grads = decay_triton_common, decay_triton, decay_triton_bwd, decay_triton_grads
-    found = [
-        (common.chunk_state_kernel, dict(tile, HAS_H0=True, STORE_HT=True)),
-        (forward.chunk_output_kernel, tile),
-        (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH0=True)),
-        (backward.chunk_value_grad_kernel, tile),
-        (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=False)),
-    ]
-    if kind == "vector":
-        inside = dict(K=row.size, C=config.chunk, BK=config.block_k)
-        absent = dict.fromkeys(("p_dk", "p_dg"))
-        found += [
-            (common.chunk_key_scores_kernel, dict(K=row.size, C=config.chunk, BK=min(config.block_k, 32))),
-            (grads.chunk_value_scores_kernel, dict(V=values, C=config.chunk, BV=config.block_v)),
-            (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=False)),
-            # the output under a decay over values
-            (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=True, **absent)),
-            (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=True, p_dks=None, p_dgs=None, **absent)),
-        ]
-    return found
-
-
-def sums_of(row, kind):
-    """What makes the gradient of one decay a head or row from what the passes for dq and dk leave."""
-    if row.launch == "grads" and kind in ("constant", "scalar"):
-        meta = dict(H=32, C=TABLE[row][0].chunk, NW=2, N=64, BH=16, p_table=None)
-        yield decay_scan_sums.row_decay_grad_kernel, meta
-
-
-def passes_of(row, kind, values=None, packed=False):
-    config, tall = TABLE[row][0], row.launch != "wide"
-    found = []
-    for reverse in (False, True):
-        part = (1 + reverse) * tall
-        meta = dict(
-            H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
-            REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse and not packed,
-        )  # fmt: skip
-        if not packed:
-            meta.update(p_table=None, p_u=None)
-        if kind != "vector":
-            meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
-            plain = dict(PART=0, **dict.fromkeys(("p_e", "p_h", "p_sums", "p_carry")))
-            if row.launch != "grads":
-                found.append((decay_scan.chunk_scan_kernel, meta | plain))
-            elif kind != "none":
-                found.append((decay_scan.chunk_scan_kernel, meta | dict(PART=part)))
-            continue
-        kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
-        meta.update(dict(PART=part) if tall else dict(OUTPUT=True))
-        found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
-        if tall and not reverse:  # the output under a decay over values, with its final state
-            meta.update(PART=0, FINAL=True, **dict.fromkeys(("p_e", "p_h", "p_dg")))
-            found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
-    return found
-
-
-def compile_kernel(kernel, constants, row, kind, precision):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    config, constants = TABLE[row][0], dict(constants, PRECISION=precision)
-    wide = set(WIDE)
-    if kind == "vector" and kernel is decay_triton_grads.chunk_query_key_grad_kernel:
-        wide |= {"p_dq", "p_dk"}
-    unused = {"none": {"p_g", "p_a", "p_dg"}, "vector": set()}.get(kind, {"p_a"})
-    signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants or name in unused:
-            signature[name], values[(i,)] = "constexpr", constants.get(name)
-        elif name.startswith("p_"):
-            signature[name] = "*i32" if name == "p_table" else "*fp32" if name in wide else POINTERS[row.nbytes]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name in ("scale", "s_in", "s_y", "s_st", "limit") else "i32"
-    source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if constants.get("EXACT"):
-        options = decay_fused.EXACT_OPTIONS
-    elif kernel is decay_scan_sums.row_decay_grad_kernel:
-        options = decay_fused.ROW_GRAD_OPTIONS
-    return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)
-
-
-def most_stack(row, constants):
-    """The exact launch has a tile of its own."""
-    return STACK[4] if constants.get("EXACT") else STACK[row.nbytes] + TABLE[row][0].stack
 
 
 def ahead_of_time():

@@ -14,19 +14,11 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
+from decay_ahead import compile_kernel, most_stack, passes_of, sums_of  # noqa: E402
 from decay_cases import FAMILIES, NAMES, SCALE, Case, make_inputs  # noqa: E402
 from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
-from test_decay_triton import (  # noqa: E402
-    CAP,
-    KIND,
-    check_results,
-    compile_kernel,
-    most_stack,
-    narrow_results,
-    passes_of,
-    sums_of,
-)
+from test_decay_triton import CAP, KIND, check_results, narrow_results  # noqa: E402
 
 from fla_compile import ops  # noqa: E402
 from fla_compile.kernels import (  # noqa: E402

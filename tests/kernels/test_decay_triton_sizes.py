@@ -5,9 +5,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
+from decay_ahead import compile_kernel, kernels_of, most_stack  # noqa: E402
 from decay_cases import FAMILIES, Case, make_inputs  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
-from test_decay_triton import check_results, compile_kernel, kernels_of, most_stack, on_gpu, run_kernels  # noqa: E402
+from test_decay_triton import check_results, on_gpu, run_kernels  # noqa: E402
 
 from fla_compile.kernels.decay_configs import KINDS, TABLE  # noqa: E402
 
