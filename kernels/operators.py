@@ -8,7 +8,7 @@ is called and not dispatched to. Operators that take or return lists are `custom
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,30 +27,28 @@ _kernels: dict[OpOverload, dict[int, Callable]] = {}
 class _UntilDynamo:
     """Functions that torch disables Dynamo for; before it is imported, which takes seconds, they run as they are.
 
-    A finder that finds nothing: it stands first in the search for modules until Dynamo is looked for. torch keeps what
-    it calls in a function's place in an attribute of the function, and imports Dynamo where there is none.
+    A finder that finds nothing, first in the search for modules. torch keeps what it calls in a function's place in an
+    attribute of the function, and imports Dynamo where there is none.
     """
 
     attribute = "__dynamo_disable"
-    functions: list[Callable] | None = None
+    functions: ClassVar[list[Callable]] = []
 
     @classmethod
     def add(cls, function: Callable) -> None:
-        if "torch._dynamo" in sys.modules:
-            return
-        if cls.functions is None:
-            cls.functions = []
-            sys.meta_path.insert(0, cls)  # type: ignore[arg-type]
-        cls.functions.append(function)
-        setattr(function, cls.attribute, function)
+        if "torch._dynamo" not in sys.modules:
+            cls.functions.append(function)
+            setattr(function, cls.attribute, function)
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "torch._dynamo" and cls.functions is not None:
-            sys.meta_path.remove(cls)  # type: ignore[arg-type]
+        if name == "torch._dynamo":
             for function in cls.functions:
                 function.__dict__.pop(cls.attribute, None)  # a kernel may be that of two devices
-            cls.functions = None
+            cls.functions.clear()
+
+
+sys.meta_path.insert(0, _UntilDynamo)  # type: ignore[arg-type]
 
 
 def _untraced(function: Callable) -> Callable:

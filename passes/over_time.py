@@ -27,10 +27,10 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # over time it is not asked: below vmap, F.linear has gradients of its own
         x, w = ctx.saved_tensors
-        return dy @ w.mT, x.mT @ dy, dy.sum(0)
+        return dy @ w.mT, x.mT @ dy, dy.sum(0) if ctx.needs_input_grad[2] else None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None, None], x: torch.Tensor, w: torch.Tensor,
@@ -45,6 +45,12 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
     return _Linear.apply(x, w, b)  # type: ignore[no-any-return]
 
 
+def _is_row(bias: fx.Node) -> bool:
+    """Whether every row gets the same: what `addmm` adds may also be a matrix, of a row each."""
+    value = bias.meta.get("val")
+    return value is not None and value.ndim <= 1
+
+
 def _keep_order(step: fx.GraphModule, timed: Sequence[bool]) -> None:
     """Make `linear` of the products of rows that have time with matrices that have none."""
     placeholders = step.graph.find_nodes(op="placeholder")
@@ -54,7 +60,7 @@ def _keep_order(step: fx.GraphModule, timed: Sequence[bool]) -> None:
             over_time.add(node)
         if node.target is torch.ops.aten.mm.default:
             (x, w), b = node.args, None
-        elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
+        elif node.target is torch.ops.aten.addmm.default and not node.kwargs and _is_row(node.args[0]):
             b, x, w = node.args
         else:
             continue
