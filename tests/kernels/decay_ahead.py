@@ -58,7 +58,9 @@ def kernels_of(row, kind, values=None):
 def sums_of(row, kind):
     """What makes the gradient of one decay a head or row from what the passes for dq and dk leave."""
     if row.launch == "grads" and kind in ("constant", "scalar"):
-        meta = dict(H=32, C=TABLE[row][0].chunk, NW=2, N=64, BH=16, p_table=None)
+        config = TABLE[row][0]
+        side = config.block_v if config.chunk < 64 else config.block_k
+        meta = dict(H=32, C=config.chunk, NW=row.size // config.block_v, N=side, BH=16, p_table=None)
         yield decay_scan_sums.row_decay_grad_kernel, meta
 
 
