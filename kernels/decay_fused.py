@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES, chunk_scan_kernel
+from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
 from fla_compile.kernels.decay_segments import (
@@ -253,7 +253,7 @@ def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     states = _new_states(plan, like, packing)
     columns = triton.cdiv(plan.K, plan.tall.block_v)
     # the sums run along a state's rows, which are its columns where it is turned
-    side = plan.tall.block_v if plan.tall.chunk < 64 else plan.tall.block_k
+    side = plan.tall.block_v if plan.tall.chunk < LONG.value else plan.tall.block_k
     wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
     rows = torch.empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)
     return Sums(states, rows, torch.empty(states.shape[0], columns, side, **wide))

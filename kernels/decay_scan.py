@@ -40,6 +40,7 @@ from fla_compile.kernels.decay_triton_common import (
 
 __all__ = [
     "KEYS",
+    "LONG",
     "PLAIN",
     "QUERIES",
     "chunk_scan_kernel",
@@ -58,6 +59,8 @@ __all__ = [
 PLAIN = tl.constexpr(0)
 QUERIES = tl.constexpr(1)
 KEYS = tl.constexpr(2)
+# Rows of a chunk that fill a product of a warp group.
+LONG = tl.constexpr(64)
 
 
 @triton.jit
@@ -216,9 +219,9 @@ def chunk_scan_kernel(
     else:
         i_w, i_nh, i_h, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
-    # Products of a warp group have 64 rows. Where a chunk has fewer, its products are taken transposed, and the state
-    # with them: then it is read from the registers it lies in. Without a decay that measured slower (0.23 to 0.21 ms).
-    TURNED: tl.constexpr = C < 64 and DECAY != NO_DECAY
+    # The products of shorter chunks are taken transposed, and the state with them: then it is read from the registers
+    # it lies in. Without a decay that measured slower (0.23 to 0.21 ms).
+    TURNED: tl.constexpr = C < LONG and DECAY != NO_DECAY
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)

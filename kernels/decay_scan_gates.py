@@ -12,13 +12,12 @@ middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and
     e_i = c_i - m     x~_i = x_i exp(e_i)     z~_j = z_j exp(-e_j)     S~ = exp(m) S
     y_i = x~_i^T S~ + sum_{j <= i} (x~_i . z~_j) w_j      S' = exp(m) (S~ + sum_j z~_j w_j^T)
 
-and in reverse with -e in the place of e; over W the factors go to w and y instead of z and x. Where both are
-factors of a product inside the chunk, each is given to it in two parts of the operands' dtype (`halves`), and so are
-the scores: rounded once, they were most of the error. Chunks of 32 rows leave so much to the state that it takes both
-parts too. The factors must be in range: sum_i |g_i| of a chunk must stay
-below a limit. The pass writes the largest such sum it met, and where that is above the limit a second
-launch of the same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time;
-elsewhere it returns at once. So ordinary decays run at the speed of matrix products, and any decay is right.
+and in reverse with -e in the place of e; over W the factors go to w and y instead of z and x. Products inside the chunk
+take each factor and the scores in two parts of the operands' dtype (`halves`): rounded once, they were most of the
+error. Chunks shorter than LONG leave so much to the state that it takes both parts too. The factors must be in range:
+sum_i |g_i| of a chunk must stay below a limit. The pass writes the largest such sum it met, and where that is above the
+limit a second launch of the same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a
+time; elsewhere it returns at once. So ordinary decays run at the speed of matrix products, and any decay is right.
 
 The decay's gradient at row t collects every path from j < t to i >= t. With S before a chunk, D = R after it, dq' and
 dk' the parts that go through them, and dq" and dk" the parts inside the chunk without their diagonal, for each channel
@@ -35,6 +34,7 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_scan import (
     KEYS,
+    LONG,
     QUERIES,
     load_state,
     load_tile,
@@ -49,9 +49,6 @@ from fla_compile.kernels.decay_scan import (
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_scan_columns_kernel", "chunk_scan_rows_kernel", "largest_range"]
-
-# Rows of a chunk from which on one part of z~ or w~ is enough for the state.
-LONG = tl.constexpr(64)
 
 
 def largest_range(dtype: torch.dtype) -> float:
@@ -86,6 +83,15 @@ def add_both(a_0, a_1, b_0, b_1):
 def chunk_range(b_g):
     """Sums over the chunk of g and of |g|, in one reduction."""
     return tl.reduce((b_g, tl.abs(b_g)), 0, add_both)
+
+
+@triton.jit
+def from_middle(b_g, b_all, REVERSE: tl.constexpr):
+    """e, or -e in reverse."""
+    b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
+    if REVERSE:
+        b_e = -b_e
+    return b_e
 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
@@ -166,9 +172,7 @@ def chunk_scan_rows_kernel(
         else:
             b_all, b_abs = chunk_range(b_g)
             b_range = tl.maximum(b_range, b_abs)
-            b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
-            if REVERSE:
-                b_e = -b_e
+            b_e = from_middle(b_g, b_all, REVERSE)
             b_half = tl.exp2(0.5 * b_all)
             b_s *= b_half[:, None]
             b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
@@ -268,9 +272,7 @@ def chunk_scan_columns_kernel(
             else:
                 b_all, b_abs = chunk_range(b_g)
                 b_range = tl.maximum(b_range, b_abs)
-            b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
-            if REVERSE:
-                b_e = -b_e
+            b_e = from_middle(b_g, b_all, REVERSE)
             b_out = tl.exp2(b_e)
             b_v, b_vl = halves(b_w * tl.exp2(-b_e), dtype)
         b_a = tl.dot(b_x, tl.trans(b_z), input_precision=PRECISION)

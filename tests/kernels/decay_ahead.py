@@ -59,7 +59,7 @@ def sums_of(row, kind):
     """What makes the gradient of one decay a head or row from what the passes for dq and dk leave."""
     if row.launch == "grads" and kind in ("constant", "scalar"):
         config = TABLE[row][0]
-        side = config.block_v if config.chunk < 64 else config.block_k
+        side = config.block_v if config.chunk < decay_scan.LONG.value else config.block_k
         meta = dict(H=32, C=config.chunk, NW=row.size // config.block_v, N=side, BH=16, p_table=None)
         yield decay_scan_sums.row_decay_grad_kernel, meta
 
