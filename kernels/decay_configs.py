@@ -3,8 +3,9 @@
 A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Launches: `split`, and
 the two shapes of pass of the fused one, whose programs hold a state of all rows of the class and block_v columns:
 `wide` with K rows (the output and dv) and `tall` with V rows (dq and dk), which under one decay a head or row are
-`grads` where they leave that decay's gradient too. Families: `row` (no decay, or one a head or
-row) and `key` (one a key). Head size classes bound the larger of K and V, or the rows of the state.
+`grads` where they leave that decay's gradient too. Under one a key `tall` is no pass, but makes dq, dk and the decay's
+gradient of block_v keys and all values of one chunk, between the states that `states` and dv's pass leave. Families:
+`row` (no decay, or one a head or row) and `key` (one a key). Head size classes bound the larger of K and V, or the rows of the state.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.
@@ -64,15 +65,15 @@ def _split(arch: int, family: str, nbytes: int, *config: int) -> dict[Row, tuple
 
 
 def _passes(
-    arch: int, family: str, size: int, wide: tuple[int, ...], tall: tuple[int, ...], grads: tuple[int, ...] = ()
+    arch: int, family: str, size: int, wide: tuple[int, ...], tall: tuple[int, ...], other: tuple[int, ...] = ()
 ) -> dict[Row, tuple[Config, ...]]:
-    """The fused launch takes operands of two bytes, and all rows of a state at once."""
-    shapes = {"wide": wide, "tall": tall} | ({"grads": grads or tall} if family == "row" else {})
+    """The fused launch takes operands of two bytes, and all rows of a state at once; `other` is `grads` or `states`."""
+    shapes = {"wide": wide, "tall": tall, "grads" if family == "row" else "states": other or tall}
     return {Row(arch, name, family, 2, size): (Config(x[0], size, *x[1:]),) for name, x in shapes.items()}
 
 
 # Columns: chunk, block_k, block_v, num_warps, num_stages, shared, stack; a pass has no block_k, and `wide` is first,
-# then `tall`, and `grads` where that is not `tall`.
+# then `tall`, then `grads`, if that is not `tall`, or `states`.
 TABLE: dict[Row, tuple[Config, ...]] = {
     **_split(80, "row", 2, 64, 32, 32, 4, 2, 16384),
     **_split(80, "key", 2, 64, 32, 64, 4, 2, 25088),
@@ -88,12 +89,12 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_split(100, "key", 4, 32, 32, 32, 4, 2, 16896),
     **_passes(80, "row", 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408), (32, 64, 4, 2, 24576)),
     **_passes(80, "row", 128, (32, 64, 8, 2, 37888), (32, 64, 8, 2, 37888)),
-    **_passes(80, "key", 64, (32, 64, 4, 2, 36864), (32, 16, 4, 2, 15360)),
-    **_passes(80, "key", 128, (32, 32, 4, 2, 67584), (32, 32, 8, 2, 26624)),
+    **_passes(80, "key", 64, (32, 64, 4, 2, 60000), (32, 32, 4, 1, 60000), (32, 32, 4, 2, 60000)),
+    **_passes(80, "key", 128, (32, 32, 4, 2, 90000), (32, 32, 4, 1, 90000), (32, 32, 4, 2, 90000)),
     **_passes(90, "row", 64, (64, 64, 4, 3, 82944), (64, 64, 4, 3, 82944)),
     **_passes(90, "row", 128, (32, 64, 4, 4, 80896), (32, 64, 4, 4, 80896), (64, 64, 4, 2, 91392, 96)),
-    **_passes(90, "key", 64, (64, 64, 4, 2, 90112, 8), (64, 32, 4, 2, 57344)),
-    **_passes(90, "key", 128, (64, 128, 8, 2, 180224, 168), (64, 32, 4, 2, 90112, 40)),
+    **_passes(90, "key", 64, (32, 64, 4, 3, 90112), (64, 64, 4, 1, 98304), (64, 64, 4, 3, 100000)),
+    **_passes(90, "key", 128, (32, 128, 8, 2, 90112), (64, 64, 4, 1, 98304), (64, 128, 8, 3, 190000)),
 }
 
 

@@ -1,196 +1,73 @@
-"""Launches of the passes in `decay_scan` and `decay_scan_gates`: output and gradients of a decayed outer product.
+"""Launches of the passes in `decay_scan`: output and gradients of a decayed outer product.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
 
-Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Where these are
+Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Under a gate a
+key the passes are two (`decay_fused_gates`), and dq, dk and dg come from states at the chunks' ends. Where programs are
 too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the
 sums are chained to the state before each segment, and the segments then run side by side. Packed sequences are such
 segments too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
 """
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from fla_compile.kernels.decay_configs import Config, configs_for
+from fla_compile.kernels.decay_fused_gates import launch_grads, launch_rows, launch_states, new_states, segments_of
+from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
-from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
-from fla_compile.kernels.decay_segments import (
-    Packing,
-    Part,
-    chain_joints_kernel,
-    chain_segments_kernel,
-    pack,
-    segment_count,
-)
-from fla_compile.kernels.decay_triton_common import (
-    KINDS,
-    device_arch,
-    multiprocessors,
-    precision,
-    shared_limit,
-)
+from fla_compile.kernels.decay_segments import Packing, Part, chain_joints_kernel, chain_segments_kernel
+from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 
 __all__ = ["Scans", "pack_scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
 
-# Programs that run side by side on a multiprocessor before it is full.
-RESIDENT = 2
-# So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
-FEW_STEPS = 16
-# The second launch of a pass with gates by channel works on few programs, if any: what counts is that it is right.
-EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
 ROW_GRAD_OPTIONS = {"num_warps": 4}
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}
 
 
-@dataclass(frozen=True)
-class Scans:
-    """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
-
-    Where outputs alone are planned, `tall` is `wide`.
-    """
-
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-    kind: str
-    segments: int
-    wide: Config
-    tall: Config
-    precision: str
-    limit: float
-
-    @property
-    def length(self) -> int:
-        """Steps of a segment, the same for both shapes of pass: whole chunks of either, but for the last one's."""
-        return triton.cdiv(triton.cdiv(self.T, self.chunk), self.segments) * self.chunk
-
-    @property
-    def chunk(self) -> int:
-        """Segments but the last are whole chunks of so many steps: of either shape of pass."""
-        return max(self.wide.chunk, self.tall.chunk)
-
-
-def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
-               wide: Config | None = None, tall: Config | None = None,
-               forward: bool = False, need_dg: bool = False) -> Scans | None:  # fmt: skip
-    """None where there is no configuration for these operands.
-
-    `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient.
-    """
-    launches = ("wide",) if forward else ("wide", "grads" if need_dg and kind in ("constant", "scalar") else "tall")
-    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, launches)
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
-    limit: float | None, segments: int | None, wide: Config | None, tall: Config | None, launches: tuple[str, ...],
-) -> Scans | None:  # fmt: skip
-    arch, shared = device_arch(device), shared_limit(device)
-    found = []
-    for launch, given, size in zip(launches, (wide, tall), (K, V), strict=False):
-        rows = (given,) if given else configs_for(arch, launch, kind, dtype.itemsize, size, shared)
-        if not rows:
-            return None
-        found.append(rows[0])
-    wide, tall = found[0], found[-1]
-    # the two directions cut time alike, whatever their chunks
-    chunk = max(wide.chunk, tall.chunk)
-    if segments is None:
-        cut = _cutting(device, H, V if len(launches) == 1 else K, V, wide, tall)
-        segments = segment_count(T, steps=B * T, chunk=chunk, **cut)
-    segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
-    if limit is None:
-        limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit)
-
-
-def _cutting(device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config) -> dict[str, int]:
-    """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
-    programs = H * min(triton.cdiv(V, wide.block_v), triton.cdiv(K, tall.block_v))
-    return dict(programs=programs, room=RESIDENT * multiprocessors(device), resident=RESIDENT)
-
-
-def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device, longest: int | None = None) -> Packing:
-    """The segments of packed sequences from `bounds[n][0]` up to `bounds[n][1]` of plan.T steps.
-
-    `longest` asks for segments of about so many steps at most, in place of what fills the device.
-    """
-    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall)
-    return pack(bounds, device, chunk=plan.chunk, state_chunk=plan.tall.chunk, longest=longest, **cut)
-
-
 def _launch(
     plan: Scans, x: Tensor | None, z: Tensor, w: Tensor, g: Tensor | None, y: Tensor | None, *, tall: bool,
     reverse: bool, s0: Tensor | None, scales: tuple[float, float, float], st: Tensor | None = None,
-    gt: Tensor | None = None, part: int = 0, e: Tensor | None = None, h: Tensor | None = None,
-    dg: Tensor | None = None, ranges: Tensor | None = None, sums: Sums | None = None, packed: Part | None = None,
+    gt: Tensor | None = None, part: int = 0, e: Tensor | None = None, sums: Sums | None = None,
+    packed: Part | None = None,
 ) -> None:  # fmt: skip
     """One pass over time. Without y only the segments' own states, to st, and decays, to gt."""
     operands: tuple[Tensor | None, ...] = x, z, w, g, s0, y, st, gt
-    numbers, exacts = tuple(map(float, scales)), (False,)  # an integer would be a number of the compilation
-    if plan.kind == "vector":
-        if ranges is None:
-            ranges = _ranges(plan, _programs(plan, w, tall, packed), z)
-        operands = (x, z, w, g, e, s0, y, st, ranges, h, dg) if tall else (*operands, ranges)
-        numbers, exacts = (*numbers, float(plan.limit)), (True,) if plan.limit < 0 else (False, True)
-    elif sums is None:
-        operands += (None,) * 4
-    else:
-        operands += e, sums.states, sums.rows, sums.carry
+    operands += (None,) * 4 if sums is None else (e, sums.states, sums.rows, sums.carry)
     operands += (None, None) if packed is None else (packed.table, packed.joints)
-    layouts = tuple(map(layout, operands))
-    for exact in exacts:
-        key = (plan, tall, reverse, part, exact, layouts)
-        launch = _launches.get(key)
-        if launch is None:
-            given = s0 is not None, y is not None, st is not None
-            launch = _launch_pass(plan, z, w, tall, reverse, part, exact, *given, packed)
-            remember(_launches, key, launch)
-        launch(*operands, *numbers)
+    key = (plan, tall, reverse, part, *map(layout, operands))
+    launch = _launches.get(key)
+    if launch is None:
+        config = plan.tall if tall else plan.wide
+        # only the tiles of the table are known to compile to what they mean: smaller sizes are masked, not given others
+        numbers = (
+            plan.T, plan.length, plan.segments, plan.H, z.shape[-1], w.shape[-1], config.chunk, config.block_k,
+            config.block_v, KINDS[plan.kind], part, reverse, y is not None, st is not None, tall, s0 is not None,
+            packed is None and plan.T % config.chunk == 0, plan.precision,
+        )  # fmt: skip
+        programs = segments_of(plan, packed) * plan.H * triton.cdiv(w.shape[-1], config.block_v)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        launch = Launch(chunk_scan_kernel, z.device, (programs,), numbers, **options)
+        remember(_launches, key, launch)
+    launch(*operands, *map(float, scales))  # an integer would be a number of the compilation
 
 
-def _launch_pass(
-    plan: Scans, z: Tensor, w: Tensor, tall: bool, reverse: bool, part: int, exact: bool, has_s0: bool, output: bool,
-    final: bool, packed: Part | None,
-) -> Launch:  # fmt: skip
-    config = plan.tall if tall else plan.wide
-    # only the tiles of the table are known to compile to what they mean: smaller sizes are masked, not given others
-    sizes = (
-        plan.T, plan.length, plan.segments, plan.H, z.shape[-1], w.shape[-1], config.chunk, config.block_k,
-        config.block_v,
-    )  # fmt: skip
-    common = tall, has_s0, packed is None and plan.T % config.chunk == 0
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    kernel: Any = chunk_scan_kernel
-    flags: tuple[Any, ...] = (KINDS[plan.kind], part, reverse, output, final, *common)
+def _add_up(
+    plan: Scans, z: Tensor, w: Tensor, g: Tensor | None, u: Tensor, gt: Tensor, *, reverse: bool,
+    packed: Part | None = None,
+) -> None:  # fmt: skip
+    """What each segment adds to its state, to u, and its log decay, to gt."""
     if plan.kind == "vector":
-        kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
-        flags = (reverse, part if tall else output, final, *common, exact)
-        options = EXACT_OPTIONS if exact else options
-    return Launch(kernel, z.device, (_programs(plan, w, tall, packed),), (*sizes, *flags, plan.precision), **options)
-
-
-def _programs(plan: Scans, w: Tensor, tall: bool, packed: Part | None = None) -> int:
-    segments = plan.B * plan.segments if packed is None else packed.table.shape[0]
-    return segments * plan.H * triton.cdiv(w.shape[-1], (plan.tall if tall else plan.wide).block_v)
-
-
-def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
-    """Where a pass leaves the largest range each program met; with a limit below zero, all are beyond it."""
-    new = torch.zeros if plan.limit < 0 else torch.empty
-    return new(programs, dtype=torch.float32, device=like.device)
+        launch_states(plan, z, w, g, reverse=reverse, st=u, gt=gt, packed=packed)
+        return
+    scales = 1.0, 1.0, 1.0
+    _launch(plan, None, z, w, g, None, tall=False, reverse=reverse, s0=None, scales=scales, st=u, gt=gt, packed=packed)
 
 
 def _chain(
@@ -202,7 +79,7 @@ def _chain(
     u = torch.empty(B, plan.segments, H, K, V, dtype=torch.float32, device=z.device)
     per_key = (K,) if plan.kind == "vector" else ()
     gt = torch.empty(B, plan.segments, H, *per_key, dtype=torch.float32, device=z.device)
-    _launch(plan, None, z, w, g, None, tall=False, reverse=reverse, s0=None, scales=(1.0, 1.0, 1.0), st=u, gt=gt)
+    _add_up(plan, z, w, g, u, gt, reverse=reverse)
     key = ("chain", plan, reverse, layout(s0), layout(st), u.device)
     launch = _launches.get(key)
     if launch is None:
@@ -225,10 +102,7 @@ def _packed_chain(
     u = torch.empty(packing.joints, H, K, V, dtype=torch.float32, device=z.device)
     per_key = (K,) if plan.kind == "vector" else ()
     gt = torch.empty(packing.joints, H, *per_key, dtype=torch.float32, device=z.device)
-    _launch(
-        plan, None, z, w, g, None, tall=False, reverse=reverse, s0=None, scales=(1.0, 1.0, 1.0), st=u, gt=gt,
-        packed=packing.sums(reverse),
-    )  # fmt: skip
+    _add_up(plan, z, w, g, u, gt, reverse=reverse, packed=packing.sums(reverse))
     rows = packing.chain()
     key = ("joints", plan, reverse, layout(s0), rows.shape, u.device)
     launch = _launches.get(key)
@@ -242,15 +116,9 @@ def _packed_chain(
     return packing.part(u)
 
 
-def _new_states(plan: Scans, like: Tensor, packing: Packing | None) -> Tensor:
-    """A state for every chunk of a tall pass of each segment and head."""
-    chunks = plan.B * plan.segments * triton.cdiv(plan.length, plan.tall.chunk) if packing is None else packing.chunks
-    return torch.empty(chunks * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
-
-
 def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     """What the passes for dq and dk, [B, T, H, K], fill."""
-    states = _new_states(plan, like, packing)
+    states = new_states(plan, like, packing)
     columns = triton.cdiv(plan.K, plan.tall.block_v)
     # the sums run along a state's rows, which are its columns where it is turned
     side = plan.tall.block_v if plan.tall.chunk < LONG.value else plan.tall.block_k
@@ -290,22 +158,27 @@ def scan_forward(
         packed = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
     elif plan.segments > 1:
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
-    _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0), st=final, packed=packed)
+    scales = 1.0, scale, 1.0
+    if plan.kind == "vector":
+        launch_rows(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, st=final, packed=packed)
+    else:
+        _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=scales, st=final, packed=packed)
     return o, ht
 
 
+@compiled_together
 def scan_query_grad(
     plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dq alone, and the final state with its axes exchanged, [B, H, V, K] in float32; all operands contiguous."""
+    """dq alone under a gate a key, and the final state [B, H, K, V] in float32; all operands contiguous."""
     dq = torch.empty_like(k)
-    ht = torch.empty(plan.B, plan.H, plan.V, plan.K, dtype=torch.float32, device=k.device)
+    ht = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
     final: Tensor | None = ht
     if plan.segments > 1:
-        last = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
-        h0, final = _chain(plan, k, v, g, h0, last, reverse=False, s_in=1.0, s_st=1.0), None
-        ht.copy_(last.mT)
-    _launch(plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0), st=final)
+        h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
+    h = new_states(plan, k)
+    launch_states(plan, k, v, g, reverse=False, s0=h0, st=final, h=h)
+    launch_grads(plan, dq, k, v, do, g, h, None, dq, None, None, scale)
     return dq, ht
 
 
@@ -342,27 +215,31 @@ def _launch_backward(
         h0 = _chain(plan, k, v, g, h0, None, reverse=False, s_in=1.0, s_st=1.0)
         dht = _chain(plan, q, do, g, dht, dh0, reverse=True, s_in=down, s_st=scale)
         down, final = 1.0, None
-    if o is not None:
-        _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=(1.0, scale, 1.0), packed=ahead)
-
-    h = dg = ranges = sums = None
-    parts = (PLAIN.value, PLAIN.value)
     if plan.kind == "vector":
-        ranges = _ranges(plan, _programs(plan, k, True, ahead), q)
+        assert g is not None
+        dg = torch.empty(B, T, H, K, **wide) if need_dg else None
+        h, d = new_states(plan, q, packing), new_states(plan, q, packing)
+        if o is None:
+            launch_states(plan, k, v, g, reverse=False, s0=h0, h=h, packed=ahead)
+        else:
+            launch_rows(plan, q, k, v, g, o, reverse=False, s0=h0, scales=(1.0, scale, 1.0), h=h, packed=ahead)
+        scales = down, scale, scale
+        launch_rows(plan, k, q, do, g, dv, reverse=True, s0=dht, scales=scales, st=final, h=d, packed=back)
+        launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing)
+        return dq, dk, dv, dg, dh0
+
+    dg = sums = None
+    parts = (PLAIN.value, PLAIN.value)
     if need_dg and plan.kind != "none":
         parts = (QUERIES.value, KEYS.value)
-        dg = torch.empty(B, T, H, *([K] if plan.kind == "vector" else []), **wide)
-        if plan.kind == "vector":
-            h = _new_states(plan, q, packing)
-        else:
-            sums = _new_sums(plan, q, packing)
+        dg, sums = torch.empty(B, T, H, **wide), _new_sums(plan, q, packing)
     _launch(
-        plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0),
-        part=parts[0], e=q, h=h, dg=dg, ranges=ranges, sums=sums, packed=ahead,
+        plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0), part=parts[0], e=q, sums=sums,
+        packed=ahead,
     )  # fmt: skip
     _launch(
-        plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0),
-        part=parts[1], e=k, h=h, dg=dg, ranges=ranges, sums=sums, packed=back,
+        plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0), part=parts[1], e=k, sums=sums,
+        packed=back,
     )  # fmt: skip
     if sums is not None and dg is not None:
         _launch_row_grads(plan, sums, dg, packing, ahead)

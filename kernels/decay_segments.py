@@ -110,7 +110,9 @@ def segment_count(length: int, *, steps: int, programs: int, chunk: int, room: i
 class Part:
     """What a pass over packed segments is told beside its operands."""
 
-    table: Tensor  # [segments, COLUMNS] int32: first step, step after the last, first chunk, state, joints on its sides
+    # [segments, COLUMNS] int32: first step, step after the last, first chunk (chunks are numbered from row to row),
+    # state, joints on its sides
+    table: Tensor
     joints: Tensor | None = None  # [joints, H, K, V], the states where segments meet
 
 
@@ -146,14 +148,13 @@ def pack(
     """
     steps = bounds[-1][1]
     whole = longest or programs * steps // (room // resident)
-    rows: list[tuple[int, ...]] = []
+    rows: list[tuple[int, int, int, int, int]] = []
     cut: list[tuple[int, ...]] = []
     joint = chunks = 0
     for sequence, (first, last) in enumerate(bounds):
         length = last - first
         if length <= whole:  # as most are: the table is made at every call, while the device waits
-            rows.append((first, last, chunks, sequence, -1, -1, 0, 0))
-            chunks += -(-length // state_chunk)
+            rows.append((first, last, sequence, -1, -1))
             continue
         if longest is not None:
             count = _ceil(length, longest)
@@ -165,14 +166,17 @@ def pack(
         for start in range(first, last, size):
             end = min(start + size, last)
             before, after = joint - 1 if start > first else -1, joint if end < last else -1
-            rows.append((start, end, chunks, sequence, before, after, 0, 0))
-            chunks += _ceil(end - start, state_chunk)
+            rows.append((start, end, sequence, before, after))
             joint += end < last
     rows.sort(key=lambda row: row[0] - row[1])
-    sums = [(*row[:3], row[side], -1, -1, 0, 0) for side in (5, 4) for row in rows if row[side] >= 0]
-    numbers = array("i", chain.from_iterable((*rows, *sums, *cut)))
-    table = torch.frombuffer(numbers, dtype=torch.int32).view(-1, COLUMNS.value).to(device)
-    return Packing(table, len(bounds), len(rows), joint, chunks)
+    table: list[tuple[int, ...]] = []
+    for first, last, sequence, before, after in rows:
+        table.append((first, last, chunks, sequence, before, after, 0, 0))
+        chunks += _ceil(last - first, state_chunk)
+    sums = [(*row[:3], row[side], -1, -1, 0, 0) for side in (5, 4) for row in table if row[side] >= 0]
+    numbers = array("i", chain.from_iterable((*table, *sums, *cut)))
+    on_device = torch.frombuffer(numbers, dtype=torch.int32).view(-1, COLUMNS.value).to(device)
+    return Packing(on_device, len(bounds), len(rows), joint, chunks)
 
 
 def _ceil(x: int, y: int) -> int:

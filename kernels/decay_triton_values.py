@@ -58,7 +58,8 @@ def chunk_forward(
         if config is None and scans is None:
             scans = plan_scans(v, k, kind)
         if scans is not None:
-            return scan_query_grad(scans, v, k, gv, h0, scale, q)
+            o, ht = scan_query_grad(scans, v, k, gv, h0, scale, q)
+            return o, ht.mT.contiguous()
         plan = plan_launch(v, k, kind, config)
         h, ht = launch_states(plan, v, k, gv, h0, final=True)
         assert ht is not None

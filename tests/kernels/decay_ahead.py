@@ -3,7 +3,9 @@
 import triton
 
 from fla_compile.kernels import (
+    decay_chunk_gates,
     decay_fused,
+    decay_fused_gates,
     decay_scan,
     decay_scan_gates,
     decay_scan_sums,
@@ -17,6 +19,7 @@ from fla_compile.kernels.decay_configs import TABLE
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
 WIDE |= {"p_u", "p_sums", "p_carry"}
+NO_SUMS = "p_e", "p_h", "p_sums", "p_carry"
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch.
@@ -64,7 +67,33 @@ def sums_of(row, kind):
         yield decay_scan_sums.row_decay_grad_kernel, meta
 
 
+def gates_of(row, values=None, packed=False):
+    """What a row of a gate a key launches; the output under a decay over values is what `tall` has without p_d."""
+    config = TABLE[row][0]
+    absent = {} if packed else dict(p_table=None, p_u=None)
+    if row.launch == "tall":
+        tile = dict(H=4, K=values or row.size, V=row.size, C=config.chunk, BK=config.block_v, BV=row.size)
+        tile |= dict(EVEN=not packed) | {n: x for n, x in absent.items() if n == "p_table"}
+        alone = dict.fromkeys(("p_q", "p_d", "p_dk", "p_dg"))
+        for exact in (False, True):
+            yield decay_chunk_gates.chunk_grads_kernel, dict(tile, EXACT=exact)
+            yield decay_chunk_gates.chunk_grads_kernel, dict(tile, EXACT=exact, **alone)
+        return
+    tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, **absent)
+    for reverse in (False, True):
+        tile |= dict(REVERSE=reverse, FINAL=True, HAS_S0=True, EVEN=not reverse and not packed)
+        if row.launch == "states":
+            yield decay_chunk_gates.chunk_states_kernel, dict(tile, p_gt=None)
+            yield decay_chunk_gates.chunk_states_kernel, dict(tile, HAS_S0=False, p_h=None, p_s0=None, p_u=None)
+            continue
+        for exact in (False, True):
+            yield decay_scan_gates.chunk_scan_rows_kernel, dict(tile, EXACT=exact, EVERY=1, p_h=None)
+            yield decay_scan_gates.chunk_scan_rows_kernel, dict(tile, EXACT=exact, EVERY=64 // config.chunk)
+
+
 def passes_of(row, kind, values=None, packed=False):
+    if kind == "vector":
+        return list(gates_of(row, values, packed))
     config, tall = TABLE[row][0], row.launch != "wide"
     found = []
     for reverse in (False, True):
@@ -75,20 +104,11 @@ def passes_of(row, kind, values=None, packed=False):
         )  # fmt: skip
         if not packed:
             meta.update(p_table=None, p_u=None)
-        if kind != "vector":
-            meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
-            plain = dict(PART=0, **dict.fromkeys(("p_e", "p_h", "p_sums", "p_carry")))
-            if row.launch != "grads":
-                found.append((decay_scan.chunk_scan_kernel, meta | plain))
-            elif kind != "none":
-                found.append((decay_scan.chunk_scan_kernel, meta | dict(PART=part)))
-            continue
-        kernel = decay_scan_gates.chunk_scan_columns_kernel if tall else decay_scan_gates.chunk_scan_rows_kernel
-        meta.update(dict(PART=part) if tall else dict(OUTPUT=True))
-        found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
-        if tall and not reverse:  # the output under a decay over values, with its final state
-            meta.update(PART=0, FINAL=True, **dict.fromkeys(("p_e", "p_h", "p_dg")))
-            found += [(kernel, dict(meta, EXACT=exact)) for exact in (False, True)]
+        meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
+        if row.launch != "grads":
+            found.append((decay_scan.chunk_scan_kernel, meta | dict(PART=0, **dict.fromkeys(NO_SUMS))))
+        elif kind != "none":
+            found.append((decay_scan.chunk_scan_kernel, meta | dict(PART=part)))
     return found
 
 
@@ -113,7 +133,7 @@ def compile_kernel(kernel, constants, row, kind, precision):
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if constants.get("EXACT"):
-        options = decay_fused.EXACT_OPTIONS
+        options = decay_fused_gates.EXACT_OPTIONS
     elif kernel is decay_scan_sums.row_decay_grad_kernel:
         options = decay_fused.ROW_GRAD_OPTIONS
     return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)

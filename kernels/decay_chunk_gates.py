@@ -1,0 +1,242 @@
+"""Gradients under a gate a key from the states at each chunk's ends, all chunks side by side.
+
+With S before a chunk, R the gradient of the state after it, P = tril(do v^T) without its diagonal and c the sum of g
+from the start of the chunk, L its last,
+
+    dq_i = e^{c_i} (S do_i + sum_{j < i} P_ij e^{-c_j} k_j) + (do_i . v_i) k_i
+    dk_j = e^{L - c_j} R v_j + e^{-c_j} sum_{i > j} P_ij e^{c_i} q_i + (do_j . v_j) q_j
+
+Nothing but P joins the keys, so a program has a block of them and all values, and no sum crosses programs. As in
+`decay_scan_gates` the factors are taken from the middle of the chunk's decay and in two parts, and a program that meets
+one out of range does its chunks again a column at a time (EXACT).
+
+The decay's gradient at row t collects every path from j < t to i >= t. With dk' the part of dk through R, dk" that of P
+and dq without its diagonal, for each channel
+
+    dg_t = e^L <S, R> + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
+
+where pairs on one side of t cancel to rounding. No sum leaves its chunk: paths that a strong decay has cut contribute
+nothing.
+
+`chunk_states_kernel` leaves S, or what a segment adds to it: its factors, e^{L - c_j} forward and e^{c_i} in reverse,
+are never out of range.
+"""
+
+import triton
+import triton.language as tl
+
+from fla_compile.kernels.decay_scan import (
+    load_state,
+    load_tile,
+    packed_program,
+    packed_state,
+    segment_program,
+    store_packed,
+    store_state,
+    store_tile,
+    tile_mask,
+)
+from fla_compile.kernels.decay_scan_gates import channel_sums, halves, load_gates, load_row
+from fla_compile.kernels.decay_segments import COLUMNS
+from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
+
+__all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
+
+
+@triton.jit
+def path_sums(b_to, b_from, o_c, dtype: tl.constexpr):
+    """sum_{i >= t} to_i + sum_{j < t} from_j. Products in two parts, where the parts have float32's range."""
+    if dtype == tl.bfloat16:
+        m_to = (o_c[:, None] <= o_c[None, :]).to(dtype)
+        m_from = (o_c[:, None] > o_c[None, :]).to(dtype)
+        b_toh, b_tol = halves(b_to, dtype)
+        b_fromh, b_froml = halves(b_from, dtype)
+        return tl.dot(m_from, b_froml, tl.dot(m_from, b_fromh, tl.dot(m_to, b_tol, tl.dot(m_to, b_toh))))
+    else:
+        return tl.cumsum(b_to, 0, reverse=True) + (tl.cumsum(b_from, 0) - b_from)
+
+
+@triton.jit
+def load_masked(p_x, m_x):
+    if m_x is None:
+        return tl.load(p_x)
+    else:
+        return tl.load(p_x, mask=m_x, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "L", "n_s"])
+def chunk_states_kernel(
+    p_z, p_w, p_g, p_s0, p_st, p_gt, p_h, p_table, p_u, s_in, s_st, T, L, n_s,
+    H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Arguments as for `chunk_scan_rows_kernel`, with no output. p_h gets the state before every chunk, p_st with FINAL
+    the last one, p_gt the segment's log decay in base 2."""
+    if p_table is None:
+        i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+        i_state = i_nh * tl.cdiv(L, C)
+    else:
+        i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
+    dtype = p_w.dtype.element_ty
+    n_c = tl.cdiv(t_e - t_a, C)
+    o_c = tl.arange(0, C)
+    o_x = tl.arange(0, BX)
+    o_w = i_w * BW + tl.arange(0, BW)
+    m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
+    b_s = tl.zeros((BX, BW), tl.float32)
+    b_total = tl.zeros((BX,), tl.float32)
+    if p_table is not None:
+        b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
+    elif HAS_S0:
+        b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, False) * s_in
+    for i_n in range(n_c):
+        i_c = i_n
+        if REVERSE:
+            i_c = n_c - 1 - i_n
+        t_0 = t_a + i_c * C
+        i_row = i_seq + t_0.to(tl.int64) * H
+        m_c = t_0 + o_c < t_e
+        m_x = tile_mask(m_c, o_x, X, BX, EVEN)
+        m_w = tile_mask(m_c, o_w, W, BW, EVEN)
+        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
+        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
+        b_gh, b_gl = halves(load_gates(p_g + i_row * X, o_c * H, o_x, m_x, X), dtype)
+        if p_h is not None:
+            store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
+        if REVERSE:
+            b_m = (o_c[:, None] >= o_c[None, :]).to(dtype)
+        else:
+            b_m = (o_c[:, None] < o_c[None, :]).to(dtype)
+        b_e = tl.dot(b_m, b_gl, tl.dot(b_m, b_gh, input_precision=PRECISION), input_precision=PRECISION)
+        b_all = channel_sums(b_gh, b_gl, C, PRECISION)
+        if p_gt is not None:
+            b_total += b_all
+        b_s *= tl.exp2(b_all)[:, None]
+        b_s = tl.dot(tl.trans((b_z * tl.exp2(b_e)).to(dtype)), b_w, b_s, input_precision=PRECISION)
+    if FINAL:
+        if p_table is None:
+            store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        else:
+            store_packed(p_st, p_table, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
+    if p_gt is not None:
+        tl.store(p_gt + i_nh * X + o_x, b_total, mask=(o_x < X) & (i_w == 0))
+
+
+@triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
+def chunk_grads_kernel(
+    p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_table, scale, limit, T, L, n_s,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program for each chunk, head and block of keys; BV covers V. p_h and p_d hold S and R; without p_d only dq is
+    written. Packed, n_s counts the rows of the table."""
+    if EXACT:
+        if tl.load(p_range + tl.program_id(0)) <= limit:
+            return
+    NK: tl.constexpr = tl.cdiv(K, BK)
+    i_k = tl.program_id(0) % NK
+    i_p = tl.program_id(0) // NK
+    if p_table is None:
+        n_c = tl.cdiv(L, C)
+        i_c = i_p % n_c
+        i_nh = i_p // n_c
+        i_h = i_nh % H
+        i_n = i_nh // H
+        t_0 = (i_n % n_s) * L + i_c * C
+        t_e = tl.minimum((i_n % n_s) * L + L, T)
+        i_seq = (i_n // n_s).to(tl.int64) * T * H + i_h
+        i_state = i_p.to(tl.int64)
+    else:
+        i_h = i_p % H
+        i_c = i_p // H
+        i_n = 0
+        i_e = n_s
+        while i_n + 1 < i_e:  # rows are numbered with their first chunks
+            i_m = (i_n + i_e) // 2
+            if tl.load(p_table + i_m * COLUMNS + 2) <= i_c:
+                i_n = i_m
+            else:
+                i_e = i_m
+        p_row = p_table + i_n * COLUMNS
+        i_first = tl.load(p_row + 2)
+        t_a = tl.load(p_row)
+        t_e = tl.load(p_row + 1)
+        t_0 = t_a + (i_c - i_first) * C
+        i_seq = i_h.to(tl.int64)
+        i_state = i_first.to(tl.int64) * H + i_h * tl.cdiv(t_e - t_a, C) + (i_c - i_first)
+    if t_0 >= t_e:
+        return
+    dtype = p_k.dtype.element_ty
+    o_c = tl.arange(0, C)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_s = tile_mask(o_k < K, o_v, V, BV, K % BK == 0)
+    i_row = i_seq + t_0.to(tl.int64) * H
+    m_c = t_0 + o_c < t_e
+    m_k = tile_mask(m_c, o_k, K, BK, EVEN)
+    m_v = tile_mask(m_c, o_v, V, BV, EVEN)
+    p_s = i_state * (K * V) + (o_k * V)[:, None] + o_v[None, :]
+    b_g = load_gates(p_g + i_row * K, o_c * H, o_k, m_k, K)
+    b_do = load_tile(p_do + i_row * V, o_c * H, o_v, m_v, V)
+    b_v = load_tile(p_v + i_row * V, o_c * H, o_v, m_v, V)
+    b_h = load_masked(p_h + p_s, m_s)
+    if p_d is not None:
+        b_d = load_masked(p_d + p_s, m_s)
+        if p_dg is not None:
+            b_x = tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
+        b_q = load_tile(p_q + i_row * K, o_c * H, o_k, m_k, K)
+    b_k = load_tile(p_k + i_row * K, o_c * H, o_k, m_k, K)
+    b_all = tl.sum(b_g, 0)
+    b_c = tl.cumsum(b_g, 0)
+    if not EXACT:
+        b_e = b_c - 0.5 * b_all[None, :]
+        tl.store(p_range + tl.program_id(0), 2.0 * tl.max(tl.abs(b_e)))
+        b_up, b_down, b_half = tl.exp2(b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
+        b_kh, b_kl = halves(b_k * b_down, dtype)
+        if p_d is not None:
+            b_qh, b_ql = halves(b_q * b_up, dtype)
+    b_p = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_p, 0.0), 1)
+    b_p = tl.where(o_c[:, None] > o_c[None, :], b_p, 0.0)
+    b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
+    if EXACT:
+        b_dq *= tl.exp2(b_c)
+        b_dk = tl.zeros((C, BK), tl.float32)
+        b_e = tl.zeros((C, BK), tl.float32)
+        n_j = tl.minimum(t_e - t_0, C)
+        for i_j in range(n_j):
+            j = n_j - 1 - i_j
+            b_gj = as_decay(load_row(p_g + (i_row + j * H) * K, o_k, K)) * LOG2_E
+            b_kj = load_row(p_k + (i_row + j * H) * K, o_k, K)
+            b_pj = tl.sum(tl.where((o_c == j)[None, :], b_p, 0.0), 1)[:, None] * tl.exp2(b_e)
+            b_dq += b_pj * b_kj[None, :]
+            if p_d is not None:
+                b_dk += tl.where((o_c == j)[:, None], tl.sum(b_pj * b_q, 0)[None, :], 0.0)
+            b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
+    else:
+        b_ph, b_pl = halves(b_p, dtype)
+        b_dq *= b_half[None, :]
+        b_dq = tl.dot(b_pl, b_kh, b_dq, input_precision=PRECISION)
+        b_dq = tl.dot(b_ph, b_kl, b_dq, input_precision=PRECISION)
+        b_dq = tl.dot(b_ph, b_kh, b_dq, input_precision=PRECISION) * b_up
+    store_tile(p_dq + i_row * K, (b_dq + b_own[:, None] * b_k) * scale, o_c * H, o_k, m_k, K)
+    if p_d is not None:
+        b_u = b_q * b_dq
+        if not EXACT:
+            # computed again: transposed, it would go through shared memory
+            b_p = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+            b_ph, b_pl = halves(tl.where(o_c[:, None] < o_c[None, :], b_p, 0.0), dtype)
+            b_dk = tl.dot(b_pl, b_qh, input_precision=PRECISION)
+            b_dk = tl.dot(b_ph, b_ql, b_dk, input_precision=PRECISION)
+            b_dk = tl.dot(b_ph, b_qh, b_dk, input_precision=PRECISION) * b_down
+        b_dx = tl.dot(b_v, tl.trans(b_d), input_precision=PRECISION)
+        if EXACT:
+            b_dx *= tl.exp2(b_all[None, :] - b_c)
+        else:
+            b_dx *= b_half[None, :] * b_down
+        b_u -= b_k * b_dk
+        b_y = (b_dk + b_dx + b_own[:, None] * b_q) * scale
+        store_tile(p_dk + i_row * K, b_y, o_c * H, o_k, m_k, K)
+        if p_dg is not None:
+            b_dg = path_sums(b_u, b_k * b_dx, o_c, dtype) + (b_x * tl.exp2(b_all))[None, :]
+            store_tile(p_dg + i_row * K, b_dg * scale, o_c * H, o_k, m_k, K)

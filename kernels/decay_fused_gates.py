@@ -1,0 +1,108 @@
+"""Launches of the kernels for a gate a key, `decay_scan_gates` and `decay_chunk_gates`, from the plan of a call."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fla_compile.kernels.decay_chunk_gates import chunk_grads_kernel, chunk_states_kernel
+from fla_compile.kernels.decay_configs import Config
+from fla_compile.kernels.decay_plan import Scans
+from fla_compile.kernels.decay_scan_gates import chunk_scan_rows_kernel
+from fla_compile.kernels.decay_segments import Packing, Part
+from fla_compile.kernels.launch import Launch, layout, remember
+
+__all__ = ["launch_grads", "launch_rows", "launch_states", "new_states", "segments_of"]
+
+# The second launch, for decays out of range, works on few programs, if any: what counts is that it is right.
+EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
+
+_launches: dict[tuple[Any, ...], Launch] = {}
+
+
+def segments_of(plan: Scans, packed: Part | None) -> int:
+    return plan.B * plan.segments if packed is None else packed.table.shape[0]
+
+
+def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Tensor:
+    """A state for every chunk of a tall pass of each segment and head, V x K numbers in some order."""
+    chunks = plan.B * plan.segments * triton.cdiv(plan.length, plan.tall.chunk) if packing is None else packing.chunks
+    return torch.empty(chunks * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+
+
+def launch_rows(
+    plan: Scans, x: Tensor, z: Tensor, w: Tensor, g: Tensor, y: Tensor, *, reverse: bool, s0: Tensor | None,
+    scales: tuple[float, float, float], st: Tensor | None = None, h: Tensor | None = None, packed: Part | None = None,
+) -> None:  # fmt: skip
+    """The pass for o, or in reverse for dv; to h the states at the ends of chunks of `plan.tall`."""
+    config = plan.wide
+    programs = segments_of(plan, packed) * plan.H * triton.cdiv(plan.V, config.block_v)
+    operands = x, z, w, g, s0, y, st, h, _ranges(plan, programs, z), *_parts(packed)
+    every = 1 if h is None else plan.tall.chunk // config.chunk
+    flags = every, reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
+    tile = config.chunk, config.block_k, config.block_v
+    numbers = *scales, plan.limit
+    _launch(chunk_scan_rows_kernel, plan, config, programs, operands, numbers, plan.segments, tile, flags, exact=True)
+
+
+def launch_states(
+    plan: Scans, z: Tensor, w: Tensor, g: Tensor, *, reverse: bool, s0: Tensor | None = None, st: Tensor | None = None,
+    gt: Tensor | None = None, h: Tensor | None = None, packed: Part | None = None,
+) -> None:  # fmt: skip
+    """The states before each chunk of `plan.tall` to h, the last to st, the decay of each segment to gt."""
+    config = plan.states
+    assert config is not None
+    programs = segments_of(plan, packed) * plan.H * triton.cdiv(plan.V, config.block_v)
+    operands = z, w, g, s0, st, gt, h, *_parts(packed)
+    flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
+    tile = config.chunk, config.block_k, config.block_v
+    _launch(chunk_states_kernel, plan, config, programs, operands, (1.0, 1.0), plan.segments, tile, flags, exact=False)
+
+
+def launch_grads(
+    plan: Scans, q: Tensor | None, k: Tensor, v: Tensor, do: Tensor, g: Tensor, h: Tensor, d: Tensor | None,
+    dq: Tensor, dk: Tensor | None, dg: Tensor | None, scale: float, *, packing: Packing | None = None,
+) -> None:  # fmt: skip
+    """dq, and with d, the gradients of states, dk and dg if given."""
+    config = plan.tall
+    if packing is None:
+        packed, segments = None, plan.segments
+        chunks = plan.B * segments * triton.cdiv(plan.length, config.chunk)
+    else:
+        packed, segments, chunks = packing.part(None), packing.segments, packing.chunks
+    programs = chunks * plan.H * triton.cdiv(plan.K, config.block_v)
+    operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), None if packed is None else packed.table
+    even = packed is None and plan.T % config.chunk == 0
+    tile = config.chunk, config.block_v, config.block_k
+    _launch(chunk_grads_kernel, plan, config, programs, operands, (scale, plan.limit), segments, tile, (even,), exact=True)
+
+
+def _parts(packed: Part | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if packed is None else (packed.table, packed.joints)
+
+
+def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
+    """Where a launch leaves the largest range each program met; with a limit below zero, all are beyond it."""
+    new = torch.zeros if plan.limit < 0 else torch.empty
+    return new(programs, dtype=torch.float32, device=like.device)
+
+
+def _launch(
+    kernel: Any, plan: Scans, config: Config, programs: int, operands: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...], segments: int, tile: tuple[int, ...], flags: tuple[int, ...], *, exact: bool,
+) -> None:  # fmt: skip
+    """`kernel` as the table has it, and again for what that finds out of range."""
+    layouts = tuple(map(layout, operands))
+    device = next(x.device for x in operands if x is not None)
+    for again in ((True,) if plan.limit < 0 else (False, True)) if exact else (None,):
+        key = (kernel.fn, plan, programs, segments, flags, again, layouts)
+        launch = _launches.get(key)
+        if launch is None:
+            # only the tiles of the table are known to compile to what they mean: smaller sizes are masked
+            sizes = plan.T, plan.length, segments, plan.H, plan.K, plan.V, *tile
+            ways = (*flags, *(() if again is None else (again,)), plan.precision)
+            options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            launch = Launch(kernel, device, (programs,), (*sizes, *ways), **options)
+            remember(_launches, key, launch)
+        launch(*operands, *map(float, numbers))

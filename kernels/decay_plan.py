@@ -1,0 +1,115 @@
+"""What the fused launch of a decayed outer product is planned from: tiles, segments of time, and packed sequences."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fla_compile.kernels.decay_configs import Config, configs_for
+from fla_compile.kernels.decay_scan_gates import largest_range
+from fla_compile.kernels.decay_segments import Packing, pack, segment_count
+from fla_compile.kernels.decay_triton_common import device_arch, multiprocessors, precision, shared_limit
+
+__all__ = ["Scans", "pack_scans", "plan_scans"]
+
+# Programs that run side by side on a multiprocessor before it is full.
+RESIDENT = 2
+# So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
+FEW_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Scans:
+    """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
+
+    Under a gate a key `tall` has blocks of K and all of V for the gradients of one chunk, and `states` walks states with
+    K rows to the chunks of `tall`. Where outputs alone are planned, `tall` is `wide`.
+    """
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    kind: str
+    segments: int
+    wide: Config
+    tall: Config
+    precision: str
+    limit: float
+    states: Config | None = None
+
+    @property
+    def length(self) -> int:
+        """Steps of a segment, the same for both shapes of pass: whole chunks of either, but for the last one's."""
+        return triton.cdiv(triton.cdiv(self.T, self.chunk), self.segments) * self.chunk
+
+    @property
+    def chunk(self) -> int:
+        """Segments but the last are whole chunks of so many steps: of either shape of pass."""
+        return _chunk(self.wide, self.tall, self.states)
+
+
+def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
+               wide: Config | None = None, tall: Config | None = None,
+               forward: bool = False, need_dg: bool = False) -> Scans | None:  # fmt: skip
+    """None where there is no configuration for these operands.
+
+    `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient.
+    """
+    grads = need_dg and kind in ("constant", "scalar")
+    launches = ["wide"] + ["states"] * (kind == "vector") + ["grads" if grads else "tall"] * (not forward)
+    given = wide, tall
+    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, given, tuple(launches))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
+    limit: float | None, segments: int | None, given: tuple[Config | None, Config | None], launches: tuple[str, ...],
+) -> Scans | None:  # fmt: skip
+    arch, shared = device_arch(device), shared_limit(device)
+    found: dict[str, Config] = {}
+    for launch in launches:
+        asked = given[launch != "wide"]
+        rows = (asked,) if asked else configs_for(
+            arch, launch, kind, dtype.itemsize, K if launch in ("wide", "states") else V, shared
+        )  # fmt: skip
+        if not rows:
+            return None
+        found[launch] = rows[0]
+    wide, states = found["wide"], found.get("states")
+    tall = found.get("tall", found.get("grads", wide))
+    # the two directions cut time alike, whatever their chunks
+    chunk = _chunk(wide, tall, states)
+    if segments is None:
+        cut = _cutting(device, H, V if tall is wide else K, V, wide, tall, states)
+        segments = segment_count(T, steps=B * T, chunk=chunk, **cut)
+    segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
+    if limit is None:
+        limit = largest_range(dtype) if T > FEW_STEPS else -1.0
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states)
+
+
+def _chunk(wide: Config, tall: Config, states: Config | None) -> int:
+    return max(wide.chunk, tall.chunk, 0 if states is None else states.chunk)
+
+
+def _cutting(
+    device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config, states: Config | None
+) -> dict[str, int]:
+    """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
+    other = triton.cdiv(K, tall.block_v) if states is None else triton.cdiv(V, states.block_v)
+    programs = H * min(triton.cdiv(V, wide.block_v), other)
+    return dict(programs=programs, room=RESIDENT * multiprocessors(device), resident=RESIDENT)
+
+
+def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device, longest: int | None = None) -> Packing:
+    """The segments of packed sequences from `bounds[n][0]` up to `bounds[n][1]` of plan.T steps.
+
+    `longest` asks for segments of about so many steps at most, in place of what fills the device.
+    """
+    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall, plan.states)
+    return pack(bounds, device, chunk=plan.chunk, state_chunk=plan.tall.chunk, longest=longest, **cut)
