@@ -98,7 +98,8 @@ class Program:
         for node in needed(losses, frontier, root.node):
             if node is not root.node and losses.values.get(node) is not None:
                 for operand in node.all_input_nodes:
-                    self.operand(operand)
+                    if losses.picks.get(node) in (None, operand):
+                        self.operand(operand)
         env: dict[fx.Node, fx.Node] = {}
         for node in needed(losses, frontier, root.node):
             env[node] = self.logits() if node is root.node else self.copied(node, env)
@@ -169,6 +170,9 @@ class Program:
         if value is not None and call.name in _RESIZED:
             return self.graph.call_method("reshape", (source, self.sizes.shape(resolved(value.dims))))
         before = self.losses.values.get(call.get("input")) if call is not None else None
+        if node in self.losses.picks:
+            index = self.graph.call_method("unsqueeze", (self.inputs[self.losses.picks[node]], -1))
+            return self.graph.call_method("squeeze", (self.graph.call_function(torch.gather, (source, -1, index)), -1))
         if value is not None and before is not None and call.name in ("getitem", "narrow"):
             return self.sliced(source, before, call)
 
