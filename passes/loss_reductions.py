@@ -29,6 +29,7 @@ from fla_compile.passes.loss_values import (
     scaled,
     times,
 )
+from fla_compile.passes.memory import memory, written
 from fla_compile.passes.normal_form import same_size
 from fla_compile.passes.spellings import Call, call_of, tensor_of
 
@@ -150,13 +151,16 @@ def _picked(losses: Losses, call: Call, node: fx.Node) -> Value | None:
 
 def _counts(node: Any, axis: Axis) -> bool:
     """Whether a tensor is 0, 1, 2 and so on along an axis."""
-    fake, call = tensor_of(node), call_of(node) if isinstance(node, fx.Node) else None
-    while call is not None and call.name in ("to", "cpu", "cuda") and isinstance(call.get("input"), fx.Node):
-        call = call_of(call.get("input"))
+    fake, call = tensor_of(node), None
+    while isinstance(node, fx.Node) and not memory(node) & written(node.graph):
+        call = call_of(node)
+        if call is None or call.name not in ("to", "cpu", "cuda"):
+            break
+        node, call = call.get("input"), None
     if fake is None or call is None or call.name != "arange" or fake.dtype != torch.int64 or len(fake.shape) != 1:
         return False
     first = call.get("input") if "other" in call.args else 0  # arange(end), or arange(start, end, step)
-    given = {"start", "end", "step"} & call.args.keys()
+    given = {"start", "end", "step", "out"} & call.args.keys()
     return not given and first == 0 and call.get("arg2", 1) == 1 and same_size(fake.shape[0], extent(axis))
 
 

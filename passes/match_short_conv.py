@@ -5,6 +5,7 @@ Before: nn.Conv1d(D, D, W, groups=D, padding=W - 1)(x)[..., :T], F.conv1d of a p
 After:  `torch.ops.fla_compile.short_conv` on [B, T, D]. On the CPU, but for large tensors in training, the sum of its W
         products: Inductor makes one loop of it and of what is around, and differentiates it at dynamic lengths, as it
         does not conv1d.
+        What is computed before it is read as a tensor: a masked x, a sum, channels or weights that are joined.
 Legal because the program is this sum as a polynomial (`windows`, `conv_decide`), and checked on data.
 Refused: convolutions padded as causal ones of which other steps are kept (`not_causal`), more than 8 taps or dilated
 ones (`no_kernel`), and those of which a part is used elsewhere. What is not padded like one is left without a word.

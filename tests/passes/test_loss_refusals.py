@@ -95,6 +95,18 @@ def targets_from_the_second_row(x, w):
     return -z.log_softmax(-1)[torch.arange(-1, B * T - 1), TARGET.view(-1)].mean()  # here
 
 
+def targets_of_rows_that_move(x, w):
+    rows, z = torch.arange(B * T), F.linear(x, w).view(-1, V)
+    rows -= 1
+    return -z.log_softmax(-1)[rows, TARGET.view(-1)].mean()  # here
+
+
+def targets_of_rows_that_move_before_a_cast(x, w):
+    rows, z = torch.arange(B * T, dtype=torch.int32), F.linear(x, w).view(-1, V)
+    rows -= 1
+    return -z.log_softmax(-1)[rows.to(torch.int64), TARGET.view(-1)].mean()  # here
+
+
 def an_entropy_term(x, w):
     z = F.linear(x, w)
     lse = z.logsumexp(-1)
@@ -119,6 +131,8 @@ def z_loss_over_other_rows(x, w):
         (targets_of_other_rows, "log probabilities"),
         (targets_of_every_other_row, "log probabilities"),
         (targets_from_the_second_row, "log probabilities"),
+        (targets_of_rows_that_move, "log probabilities"),
+        (targets_of_rows_that_move_before_a_cast, "log probabilities"),
         (an_entropy_term, "0.5"),
         (z_loss_over_other_rows, "rows differently"),
     ],
