@@ -39,12 +39,15 @@ def kernel_milliseconds(f: Callable[[], Any], repeats: int = 10) -> float:
     return sum(event.self_device_time_total for event in profiler.key_averages()) / repeats / 1e3
 
 
-def measure(f: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor) -> dict[str, Any]:
+def measure(
+    f: Callable[..., Tensor | tuple[Tensor, ...]], leaves: Sequence[Tensor], dout: Tensor | Sequence[Tensor]
+) -> dict[str, Any]:
     """Forward without gradients, what it keeps with them, forward with backward; or the message of what `f` raised.
 
-    "ms" are of calls, "kernels ms" of forward and backward on the GPU alone.
+    `dout` is the gradient of `f`'s result, of each where there are several. "ms" are of calls, "kernels ms" of forward
+    and backward on the GPU alone.
     """
-    device, found = dout.device.type, dict[str, Any]()
+    device, found = leaves[0].device.type, dict[str, Any]()
 
     def both() -> None:
         torch.autograd.grad(f(*leaves), leaves, dout)
@@ -57,7 +60,8 @@ def measure(f: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor) ->
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             out = f(*leaves)
-            found["kept MiB"] = (torch.cuda.memory_allocated() - before - out.numel() * out.element_size()) / 2**20
+            own = _bytes([out] if isinstance(out, Tensor) else out)
+            found["kept MiB"] = (torch.cuda.memory_allocated() - before - own) / 2**20
             del out
         found["fwd+bwd ms"] = milliseconds(both, device)
         if device == "cuda":
@@ -67,11 +71,15 @@ def measure(f: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor) ->
     return found
 
 
-def floors(leaves: Sequence[Tensor], out: Tensor, *, keeps: bool = True) -> dict[str, float]:
+def floors(leaves: Sequence[Tensor], out: Tensor | Sequence[Tensor], *, keeps: bool = True) -> dict[str, float]:
     """Milliseconds to copy what must move; backward reads the operands only if it `keeps` them."""
-    read, written = (sum(x.numel() * x.element_size() for x in xs) for xs in (leaves, [out]))
+    read, written = _bytes(leaves), _bytes([out] if isinstance(out, Tensor) else out)
     both = (3 if keeps else 2) * read + 2 * written
     return {"floor fwd": (read + written) / BYTES_PER_MS, "floor fwd+bwd": both / BYTES_PER_MS}
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def peer(module: str, name: str) -> Callable | None:

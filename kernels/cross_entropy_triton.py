@@ -154,7 +154,7 @@ _launches: dict[tuple[Any, ...], Launch] = {}
 def triton_rows(
     a: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor | None, loss: RowLoss, *, out: Tensor | None
 ) -> Tensor:
-    losses = torch.empty(a.shape[:1], dtype=torch.float32, device=a.device)
+    losses = torch.empty(len(a), dtype=torch.float32, device=a.device)
     if len(a):
         written = a if out is None else out
         key = (layout(a), layout(bias), layout(target), layout(scale), layout(written), loss, out is None)

@@ -205,7 +205,7 @@ def _launch_backward(
     B, T, H, K = plan.B, plan.T, plan.H, plan.K
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
-    dh0 = None if h0 is None else torch.empty(h0.shape, **wide)
+    dh0 = None if h0 is None else torch.empty(*h0.shape, **wide)
     down, final = 1.0 / scale, dh0
     ahead = back = None
     if packing is not None:

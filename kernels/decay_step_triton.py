@@ -166,7 +166,7 @@ def _launch(
         if final is None and state is not None:
             check_steps(q, k, v, state, g, gv, u)
         plan = remember(_plans, key, _plan(q, k, v, g, gv, u, state, final, log, before, config))
-    o = torch.empty(plan.shape, dtype=v.dtype, device=v.device)
+    o = torch.empty(*plan.shape, dtype=v.dtype, device=v.device)
     if plan.launch is not None:
         plan.launch(*operands, o, final, float(scale))
     return o

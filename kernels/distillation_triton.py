@@ -137,7 +137,7 @@ def triton_rows(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     a, b = student.a, teacher.a
-    losses, hards = (torch.empty(a.shape[:1], dtype=torch.float32, device=a.device) for _ in range(2))
+    losses, hards = (torch.empty(len(a), dtype=torch.float32, device=a.device) for _ in range(2))
     if len(a):
         written = a if out is None else out
         operands = a, student.bias, b, teacher.bias, keep, target, factors

@@ -172,7 +172,7 @@ def triton_rows(
     student: Side, teacher: Side, keep: Tensor | None, scale: Tensor | None, loss: Divergence, *, out: Tensor | None
 ) -> Tensor:
     a, b = student.a, teacher.a
-    losses = torch.empty(a.shape[:1], dtype=torch.float32, device=a.device)
+    losses = torch.empty(len(a), dtype=torch.float32, device=a.device)
     if len(a):
         written = a if out is None else out
         operands = a, student.bias, b, teacher.bias, keep, scale

@@ -16,12 +16,13 @@ sum of c chunks the variance is (c + 1) / 2 that of one rounding.
 
 The plan on CUDA (`plan_chunks`) for narrow operands, where not all rows fit in LOGITS bytes:
 - float32 sums where they cost no more than WIDER bytes beyond dW itself, and the logits then have the rest of LOGITS;
-- else up to FEW chunks, their sums rounded to dW's type, where their logits take no more than float32 sums would;
+- else FEW chunks, or up to MOST where that makes whole waves, their sums rounded to dW's type, where their logits take
+  no more than float32 sums would;
 - else float32 sums all the same: they are then the smaller part.
 Rows come in multiples that fill the processors once with tiles of 128 x 256 of dx, the product with the fewest tiles.
 
 For 16384 x 2048 x 32000 in bfloat16 that is 8 chunks of 2048 rows, 131 MB of logits and 131 MB for float32 sums; for
-8192 x 4096 x 128256 it is 4 chunks of 2048 rows, 525 MB of logits, where float32 sums would take 1051 MB more.
+8192 x 4096 x 128256 it is 8 chunks of 1024 rows, 263 MB of logits, where float32 sums would take 1051 MB more.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ __all__ = ["Gradients", "Plan", "chunk_linear_loss", "plan_chunks"]
 
 LOGITS = 272 << 20
 WIDER = 256 << 20
-FEW = 4
+FEW, MOST = 4, 8
 TILE = 128, 256
 CPU_LOGITS = 1 << 20  # elements: 4 MiB of float32
 CPU_ROWS = 128  # fewer rows read all of W for too little work
@@ -75,7 +76,8 @@ def plan_chunks(N: int, D: int, V: int, dtype: torch.dtype, processors: int, *, 
     extra = V * D * (4 - size)
     if extra <= WIDER:
         return Plan(_whole_waves(max(LOGITS - extra, LOGITS // 4) // (V * size), D, processors), wide)
-    rows = -(-N // FEW)
+    wave = _wave(D, processors)
+    rows = min(-(-N // FEW), -(-N // (MOST * wave)) * wave)
     if rows * V * size <= extra and dtype != torch.float16:
         return Plan(rows, dtype)
     return Plan(_whole_waves(fit, D, processors), wide)
@@ -83,11 +85,16 @@ def plan_chunks(N: int, D: int, V: int, dtype: torch.dtype, processors: int, *, 
 
 def _whole_waves(rows: int, D: int, processors: int) -> int:
     """The largest number of rows, not over `rows`, whose tiles of dx fill all processors."""
-    tall, broad = TILE
-    wave = tall * max(1, processors // -(-D // broad))
+    wave, tall = _wave(D, processors), TILE[0]
     if rows >= wave:
         return rows // wave * wave
     return max(1, rows // tall * tall or rows)
+
+
+def _wave(D: int, processors: int) -> int:
+    """Rows whose tiles of dx fill all processors once."""
+    tall, broad = TILE
+    return tall * max(1, processors // -(-D // broad))
 
 
 def chunk_linear_loss(

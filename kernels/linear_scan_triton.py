@@ -159,7 +159,7 @@ def forward(x: Tensor, a: Tensor, initial_state: Tensor | None, state_dtype: tor
     """h [B, T, D] in x's dtype and the final state [B, D]."""
     x, a = _dense_columns(x), _dense_columns(a)
     h0 = None if initial_state is None else initial_state.contiguous()
-    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     final = torch.empty(x.shape[0], x.shape[2], dtype=state_dtype, device=x.device)
     if final.numel():
         _launch_forward(x, a, h0, h, final, None)
@@ -181,8 +181,8 @@ def backward(
     h0 = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
     B, T, D = source.shape
-    dx = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    da = torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_da else None
+    dx = torch.empty(*source.shape, dtype=source.dtype, device=source.device)
+    da = torch.empty(*a.shape, dtype=a.dtype, device=a.device) if need_da else None
     dh0 = torch.empty(B, D, dtype=state_dtype, device=source.device)
     if not dh0.numel():
         return dx, da, dh0

@@ -207,7 +207,7 @@ def launch_forward(
     if plan is None:
         plan = remember(_plans, key, _plan_forward(x, gate, weight, bias, form, config))
     y = dense_like(x, dtype)
-    rstd = torch.empty((plan.rows,), dtype=torch.float32, device=x.device)
+    rstd = torch.empty(plan.rows, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if form.layer else None
     if plan.rows:
         copy_x, copy_gate = plan.copied
@@ -254,7 +254,7 @@ def launch_backward(
     y = None if y_dtype is None else dense_like(x, y_dtype)
     dw, db = (None if p is None else dense_like(p, p.dtype) for p in (weight, bias))
     dw_parts, db_parts = (
-        None if p is None else torch.empty(plan.parts, dtype=torch.float32, device=x.device) for p in (weight, bias)
+        None if p is None else torch.empty(*plan.parts, dtype=torch.float32, device=x.device) for p in (weight, bias)
     )
     copy_x, copy_gate, copy_dy = plan.copied
     x, gate = x.contiguous() if copy_x else x, gate.contiguous() if copy_gate else gate

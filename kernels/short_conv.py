@@ -109,6 +109,7 @@ def short_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bounds = _bounds(cu_seqlens, x)
     state = None if initial_state is None else initial_state.to(x.dtype).contiguous()
+    dbias: Tensor | None
     dh: Tensor | None
     if dy is None:
         dx, dweight, dbias = x.new_zeros(x.shape), torch.zeros_like(weight), weight.new_zeros(x.shape[2])
@@ -123,11 +124,13 @@ def short_conv_backward(
         dx, dweight, dbias, dh = _each_backward(x, weight, bias, state, silu, bounds, dy)
     if dfinal is not None:
         dx, dh = add_final(dx, dh, dfinal, weight.shape[1], cu_seqlens)
+    if dy is None or not _on_triton(x):
+        dweight = dweight.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
     keep_state = need_state and dh is not None and initial_state is not None
     return (
         dx,
-        dweight.to(weight.dtype, copy=True, memory_format=torch.contiguous_format),
-        x.new_empty(0) if bias is None else dbias.to(bias.dtype),
+        dweight,
+        x.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype),
         dh.to(initial_state.dtype) if keep_state else x.new_empty(0),  # type: ignore[union-attr]
     )
 

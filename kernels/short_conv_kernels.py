@@ -237,6 +237,24 @@ def short_conv_state_grad_kernel(
 
 
 @triton.jit
+def short_conv_sum_kernel(
+    p_parts, p_dweight, p_dbias, parts, D, W: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Parts [parts, W + 1, D] added up, program (d, j) row j: p_dweight [D, W] from the first W, p_dbias the last."""
+    j, o_d = tl.program_id(1), tl.program_id(0) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    b_sum = tl.zeros((BP, BD), tl.float32)
+    for i_p in range(0, parts, BP):
+        o_p = i_p + tl.arange(0, BP)
+        o = (o_p * (W + 1) + j).to(tl.int64)[:, None] * D + o_d[None, :]
+        b_sum += tl.load(p_parts + o, mask=(o_p < parts)[:, None] & m_d[None, :], other=0.0)
+    b_sum = tl.sum(b_sum, 0)
+    tl.store(p_dweight + o_d * W + j, b_sum.to(p_dweight.dtype.element_ty), mask=m_d & (j < W))
+    if HAS_BIAS:
+        tl.store(p_dbias + o_d, b_sum.to(p_dbias.dtype.element_ty), mask=m_d & (j == W))
+
+
+@triton.jit
 def short_conv_step_kernel(
     p_x, p_w, p_b, p_r, p_h, p_y, D, sb_x, sb_r,
     W: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,

@@ -17,6 +17,8 @@ from fla_compile.kernels.launch import Launch, layout, remember
 __all__ = ["LARGEST_WIDTH", "TABLE", "Config", "backward", "config_for", "forward", "step"]
 
 LARGEST_WIDTH = 8
+# Partial sums that a program adds up at a time, and columns.
+SUM_TILE = 64, 32
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def forward(
     x, weight = _dense_columns(x), weight.contiguous()
     residual = None if residual is None else _dense_columns(residual)
     position, sequence, _ = _places(cu_seqlens, x)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     operands = x, weight, bias, residual, initial_state
     key = ("forward", silu, cu_seqlens is None, config, *map(layout, operands))
     launch = _launches.get(key)
@@ -141,8 +143,8 @@ def backward(
     dy: Tensor,
     need_state: bool,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dx [B, T, D], dweight [D, W] and dbias [D] in float32, dinitial_state [N, W - 1, D] in float32 or None."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dx [B, T, D], dweight [D, W] and dbias [D] as their operands, dinitial_state [N, W - 1, D] in float32 or None."""
     x, dy, weight = _dense_columns(x), _dense_columns(dy), weight.contiguous()
     position, sequence, ends = _places(cu_seqlens, x)
     D, W = x.shape[2], weight.shape[1]
@@ -161,12 +163,12 @@ def backward(
             kernels.short_conv_backward_kernel, x.device, plan.grid, numbers, num_warps=plan.config.num_warps
         )
         remember(_launches, key, launch)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(plan.segments, W + 1, D, dtype=torch.float32, device=x.device)
     launch(*operands, position, sequence, dy, dx, parts)
     dh = None
     if initial_state is not None and need_state:
-        dh = torch.empty(initial_state.shape, dtype=torch.float32, device=x.device)
+        dh = torch.empty(*initial_state.shape, dtype=torch.float32, device=x.device)
         key = ("state", *layouts, layout(ends))
         launch = _launches.get(key)
         if launch is None:
@@ -180,15 +182,24 @@ def backward(
             )
             remember(_launches, key, launch)
         launch(*operands, ends, dy, dh)
-    total = parts.sum(0)
-    return dx, total[:W].T, total[W], dh
+    dweight = torch.empty(D, W, dtype=weight.dtype, device=x.device)
+    dbias = None if bias is None else torch.empty(D, dtype=bias.dtype, device=x.device)
+    key = ("sum", plan.segments, config, x.device, weight.dtype, D, W, None if bias is None else bias.dtype)
+    launch = _launches.get(key)
+    if launch is None:
+        numbers = plan.segments, D, W, *SUM_TILE, bias is not None
+        grid = triton.cdiv(D, SUM_TILE[1]), W + (bias is not None)
+        launch = Launch(kernels.short_conv_sum_kernel, x.device, grid, numbers, num_warps=plan.config.num_warps)
+        remember(_launches, key, launch)
+    launch(parts, dweight, dbias)
+    return dx, dweight, dbias, dh
 
 
 def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu: bool) -> Tensor:
     """y [B, D] of x [B, D]; the state [B, W - 1, D], dense, moves on by one row."""
     x, weight = _dense_columns(x), weight.contiguous()
     residual = None if residual is None else _dense_columns(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
     operands = x, weight, bias, residual, state
     key = ("step", silu, *map(layout, operands))
     launch = _launches.get(key)

@@ -6,18 +6,20 @@ The windows are parts of one tensor x along one axis, W of them side by side; we
 and no step is read that comes after x's last. What is in front of x are the steps of a state, or zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from fla_compile.passes.log_decay import op_name
 from fla_compile.passes.normal_form import Factor, Labels, Term, Value
 from fla_compile.passes.records import Refused
 from fla_compile.passes.spellings import call_of, is_cast, tensor_of
 from fla_compile.passes.windows import ZERO, Family, Row, Window, Windows, fixed, statically
 
 LARGEST_WIDTH = 8
+JOINS = {"cat", "concat", "concatenate"}
 TIME = -1  # stands for the axis of steps among labels
 
 # Two taps are a token shift, unless the program says conv1d: Inductor fuses these with what they feed.
@@ -255,3 +257,30 @@ def heavy(w: Windows, node: fx.Node) -> bool:
     """Whether a node inside a convolution computes anything: more than a part of a tensor."""
     value = w.values[node]
     return len(value.terms) > 1 or any(len(t.factors) > 1 for t in value.terms)
+
+
+def computed_before(w: Windows, starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """What is computed, and then only cut, turned and padded, to be an operand of `starts`.
+
+    What is joined along another axis than time counts as computed: a start that has it has no value of its own.
+    """
+    found = set[fx.Node]()
+    for start in starts:
+        if start not in w.values:
+            continue
+        joined, seen, todo = _is_whole(w, start), set[fx.Node](), list(start.all_input_nodes)
+        while todo:
+            here = todo.pop()
+            if here in seen or here not in w.values:
+                continue
+            seen.add(here)
+            if heavy(w, here) or (joined and op_name(here) in JOINS):
+                found.add(here)
+            elif not _is_whole(w, here):
+                todo += here.all_input_nodes
+    return found
+
+
+def _is_whole(w: Windows, node: fx.Node) -> bool:
+    """Whether a node is an atom: nothing is known of what it is made of."""
+    return node in leaves_of(w, w.values[node])

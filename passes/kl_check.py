@@ -43,8 +43,8 @@ class TwoLayers(Program):
                 self.leaves = 2 + self.has_bias
         layers = {root.node: root for root in roots}
         for n in both.inside:
-            for operand in () if n in layers else n.all_input_nodes:
-                self.operand(operand)
+            if n not in layers:
+                self.operands_of(n)
         env: dict[fx.Node, fx.Node] = {}
         for n in both.inside:
             env[n] = self.copied(n, env) if n not in layers else self.layer(layers[n])

@@ -97,8 +97,7 @@ class Program:
         self.leaves = len(self.operands)
         for node in needed(losses, frontier, root.node):
             if node is not root.node and losses.values.get(node) is not None:
-                for operand in node.all_input_nodes:
-                    self.operand(operand)
+                self.operands_of(node)
         env: dict[fx.Node, fx.Node] = {}
         for node in needed(losses, frontier, root.node):
             env[node] = self.logits() if node is root.node else self.copied(node, env)
@@ -119,6 +118,10 @@ class Program:
         if node not in self.inputs:
             self.inputs[node] = self.graph.placeholder(f"operand_{len(self.operands)}")
             self.operands.append(value)
+
+    def operands_of(self, node: fx.Node) -> None:
+        for operand in node.all_input_nodes if node not in self.losses.picks else [self.losses.picks[node]]:
+            self.operand(operand)
 
     def operand(self, node: fx.Node) -> None:
         if node in self.losses.values or node in self.losses.pairs or node in self.inputs or is_zero(node):
@@ -169,6 +172,9 @@ class Program:
         if value is not None and call.name in _RESIZED:
             return self.graph.call_method("reshape", (source, self.sizes.shape(resolved(value.dims))))
         before = self.losses.values.get(call.get("input")) if call is not None else None
+        if node in self.losses.picks:
+            index = self.graph.call_method("unsqueeze", (self.inputs[self.losses.picks[node]], -1))
+            return self.graph.call_method("squeeze", (self.graph.call_function(torch.gather, (source, -1, index)), -1))
         if value is not None and before is not None and call.name in ("getitem", "narrow"):
             return self.sliced(source, before, call)
 

@@ -144,6 +144,9 @@ class Emitter(Appending):
     def targets(self, loss: Loss, order: tuple[Label, ...]) -> tuple[fx.Node, fx.Node | None]:
         """The targets [N] and the rows' weights [N], if any."""
         target = self.laid_out(loss.target.node, loss.target.dims, order)
+        if loss.target.wraps:
+            last = self.call(torch.add, self.method("to", target, torch.int64), loss.value.root.classes.size)
+            target = self.call(torch.where, self.call(torch.lt, target, 0), last, target)
         for mask, sense, dims in loss.keeps:
             dropped = self.laid_out(mask, dims, order)
             dropped = self.call(torch.logical_not, dropped) if sense else dropped

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from fla_compile.passes.loss_rules import number, view
@@ -14,11 +15,13 @@ from fla_compile.passes.loss_values import (
     LSE,
     MAX,
     SUM,
+    Axis,
     Losses,
     Poly,
     Target,
     Value,
     add,
+    extent,
     flat,
     laid_over,
     poly,
@@ -26,6 +29,7 @@ from fla_compile.passes.loss_values import (
     scaled,
     times,
 )
+from fla_compile.passes.memory import memory, written
 from fla_compile.passes.normal_form import same_size
 from fla_compile.passes.spellings import Call, call_of, tensor_of
 
@@ -35,7 +39,7 @@ def _max_part(losses: Losses, call: Call, node: fx.Node) -> Value | None:
     source = call.get("input")
     pair = call_of(source) if source in losses.pairs else None
     if pair is None:
-        return view(losses, call, node)
+        return _picked(losses, call, node) or view(losses, call, node)
     dim, keepdim = pair.get("other", pair.get("dim")), pair.get("arg2", pair.get("keepdim", False))
     return _reduced(losses.of(pair.get("input")), dim, keepdim, "max")
 
@@ -128,6 +132,38 @@ def _gather(losses: Losses, call: Call, node: fx.Node) -> Value | None:
     return replace(a, kind="row" if a.kind == "class" else "exprow", dims=dims, coef=1.0, rows=rows)
 
 
+def _picked(losses: Losses, call: Call, node: fx.Node) -> Value | None:
+    """a[arange(n), t]: the targets of n rows, negative ones from the end."""
+    a, index = losses.of(call.get("input")), call.get("index")
+    if a is None or a.class_axis != 1 or len(a.dims) != 2 or a.onehot is not None:
+        return None
+    if not isinstance(index, tuple | list) or len(index) != 2 or not isinstance(a.root.classes.size, int):
+        return None
+    fake, dims = tensor_of(index[1]), resolved(a.dims)[:1]
+    if fake is None or fake.dtype in (torch.bool, torch.uint8) or losses.depends(index[1]):
+        return None
+    if len(fake.shape) != 1 or laid_over(fake.shape, dims) != dims or not _counts(index[0], dims[0]):
+        return None
+    losses.picks[node] = index[1]
+    rows = add(a.rows, poly(("pick", losses.target(index[1], dims, wraps=True)), coef=a.coef))
+    return replace(a, kind="row" if a.kind == "class" else "exprow", dims=dims, coef=1.0, rows=rows)
+
+
+def _counts(node: Any, axis: Axis) -> bool:
+    """Whether a tensor is 0, 1, 2 and so on along an axis."""
+    fake, call = tensor_of(node), None
+    while isinstance(node, fx.Node) and not memory(node) & written(node.graph):
+        call = call_of(node)
+        if call is None or call.name not in ("to", "cpu", "cuda"):
+            break
+        node, call = call.get("input"), None
+    if fake is None or call is None or call.name != "arange" or fake.dtype != torch.int64 or len(fake.shape) != 1:
+        return False
+    first = call.get("input") if "other" in call.args else 0  # arange(end), or arange(start, end, step)
+    given = {"start", "end", "step", "out"} & call.args.keys()
+    return not given and first == 0 and call.get("arg2", 1) == 1 and same_size(fake.shape[0], extent(axis))
+
+
 def _classes_second(losses: Losses, call: Call) -> tuple[Value, Target] | None:
     """Input and target of torch's losses, whose classes are the second axis (the first of a vector)."""
     a, t = losses.of(call.get("input")), call.get("target")
@@ -185,7 +221,7 @@ REDUCTIONS: dict[str, Callable[[Losses, Call, fx.Node], Value | None]] = {
     "logsumexp": _reduce("lse"),
     "log_softmax": _log_softmax,
     "softmax": _softmax,
-    "gather": _gather,
+    **dict.fromkeys(("gather", "take_along_dim"), _gather),
     "cross_entropy": _cross_entropy,
     "nll_loss": _nll_loss,
 }

@@ -103,19 +103,21 @@ class Root:
 
 @dataclass(frozen=True)
 class Target:
-    """Integers over rows; equal where the same tensor is laid over the same rows."""
+    """Integers over rows, those below zero counted from the last class where it `wraps`; equal where the same tensor is
+    laid over the same rows."""
 
     root: fx.Node
     order: tuple[Label, ...]
     node: fx.Node = field(compare=False)
     dims: Dims = field(compare=False)
+    wraps: bool = False
 
     @staticmethod
-    def of(node: fx.Node, dims: Dims) -> "Target":
+    def of(node: fx.Node, dims: Dims, wraps: bool = False) -> "Target":
         root = node
         while is_reshape(root) and memory(root) & memory(root.all_input_nodes[0]):  # a copy is another tensor
             root = root.all_input_nodes[0]
-        return Target(root, flat(dims), node, dims)
+        return Target(root, flat(dims), node, dims, wraps)
 
 
 # An atom is a tuple that starts with its kind: ("lse",), ("pick", Target), ("sum",), ("max",), ("valid", Target, index)
@@ -190,6 +192,7 @@ class Losses:
     pairs: set[fx.Node] = field(default_factory=set)  # x.max(dim), of which only the values are used
     laid: dict[fx.Node, Dims] = field(default_factory=dict)  # over which axes an operand from elsewhere lies
     one_hots: dict[fx.Node, Target] = field(default_factory=dict)
+    picks: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a[arange(n), t], and t
     writes: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # what writes over a value, for later readers
 
     def of(self, operand: Any) -> Value | None:
@@ -199,9 +202,9 @@ class Losses:
         """Whether an operand comes from logits: then it is no factor."""
         return isinstance(operand, fx.Node) and operand in self.values
 
-    def target(self, node: fx.Node, dims: Dims) -> Target:
+    def target(self, node: fx.Node, dims: Dims, wraps: bool = False) -> Target:
         self.laid[node] = dims
-        return Target.of(node, dims)
+        return Target.of(node, dims, wraps)
 
 
 def aligned(a: Dims, b: Dims) -> Dims | None:

@@ -5,6 +5,7 @@ Before: nn.Conv1d(D, D, W, groups=D, padding=W - 1)(x)[..., :T], F.conv1d of a p
 After:  `torch.ops.fla_compile.short_conv` on [B, T, D]. On the CPU, but for large tensors in training, the sum of its W
         products: Inductor makes one loop of it and of what is around, and differentiates it at dynamic lengths, as it
         does not conv1d.
+        What is computed before it is read as a tensor: a masked x, a sum, channels or weights that are joined.
 Legal because the program is this sum as a polynomial (`windows`, `conv_decide`), and checked on data.
 Refused: convolutions padded as causal ones of which other steps are kept (`not_causal`), more than 8 taps or dilated
 ones (`no_kernel`), and those of which a part is used elsewhere. What is not padded like one is left without a word.
@@ -19,7 +20,7 @@ import torch
 from torch import fx
 
 from fla_compile.kernels.short_conv import kernel_name, supports
-from fla_compile.passes.conv_decide import Conv, decide, heavy, interior_of, leaves_of
+from fla_compile.passes.conv_decide import JOINS, Conv, computed_before, decide, heavy, interior_of, leaves_of
 from fla_compile.passes.conv_emit import Emitter, Head, computed_in
 from fla_compile.passes.inline_parts import inline_parts
 from fla_compile.passes.log_decay import op_name
@@ -36,7 +37,8 @@ from fla_compile.passes.windows import Window, Windows
 
 EQUATION = "y_t = act(sum_j w_j x_{t-W+1+j} + b) + r_t"
 TAPS = "conv (taps, Inductor)"
-TRIGGERS = {"conv1d", "pad", "constant_pad_nd", "cat", "concat", "concatenate", "unfold"}
+STARTS = {"conv1d", "pad", "constant_pad_nd", "unfold"}  # whose operands may be sums or products themselves
+TRIGGERS = STARTS | JOINS
 GRAD_MODES = {"_set_grad_enabled", "set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
 LARGE_ON_CPU = 1 << 20  # elements of x
 NEAR = 16  # from the number of steps: that many and a few taps
@@ -281,38 +283,55 @@ def splice(w: Windows, match: Match, graph: fx.Graph, env: dict[fx.Node, fx.Node
     return Rewrite("short_conv", "short_conv", EQUATION, name, place, len(match.nodes), len(added))
 
 
+@dataclass
+class Search:
+    """The matches in a graph, each in the values that it was found in, and the nodes that need no further look."""
+
+    found: Found
+    switches: list[fx.Node]
+    validated: bool
+    taken: set[fx.Node] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+    matches: list[tuple[Windows, Match]] = field(default_factory=list)
+
+    def over(self, w: Windows) -> None:
+        for node in reversed(list(w.values)):
+            if node in self.taken:
+                continue
+            try:
+                match = recognise(w, node, self.switches)
+                if match is None:
+                    continue
+                validate(w, match, self.passed, self.found if self.validated else None)
+            except Refused as refused:
+                self.found.refusals.append(refused.record("short_conv", short_source(source_of(node))))
+                self.taken |= interior_of(w, node) | {node}
+                continue
+            self.matches.append((w, match))
+            self.taken |= match.nodes
+
+
 def match_short_conv(gm: fx.GraphModule, *, validated: bool = True) -> Found:
     """Rewrite every short convolution of `gm`, in place."""
     found, graph = Found(), gm.graph
     inline_parts(gm)
     if not any(op_name(node).rstrip("_") in TRIGGERS for node in graph.nodes):
         return found
+    search = Search(found, [node for node in graph.nodes if op_name(node) in GRAD_MODES], validated)
     w = analyse(graph)
-    switches = [node for node in graph.nodes if op_name(node) in GRAD_MODES]
-    taken: set[fx.Node] = set()
-    passed: set[str] = set()
-    matches: list[Match] = []
-    for node in reversed(list(w.values)):
-        if node in taken:
-            continue
-        try:
-            match = recognise(w, node, switches)
-            if match is None:
-                continue
-            validate(w, match, passed, found if validated else None)
-        except Refused as refused:
-            found.refusals.append(refused.record("short_conv", short_source(source_of(node))))
-            taken |= interior_of(w, node)
-            continue
-        matches.append(match)
-        taken |= match.nodes
+    search.over(w)
+    missed = [node for node in graph.nodes if op_name(node) in STARTS and node not in search.taken]
+    opaque = computed_before(w, missed)
+    if opaque:
+        search.over(analyse(graph, opaque))
+    places = {node: i for i, node in enumerate(graph.nodes)}
     env: dict[fx.Node, fx.Node] = {}
-    for match in reversed(matches):
+    for w, match in sorted(search.matches, key=lambda one: places[one[1].conv.node]):
         try:
             found.rewrites.append(splice(w, match, graph, env))
         except Refused as refused:
             found.refusals.append(refused.record("short_conv"))
-    replaced = set(env).union(*(match.nodes for match in matches))
+    replaced = set(env).union(*(match.nodes for _, match in search.matches))
     for node in reversed(list(graph.nodes)):
         if node in replaced and not node.users:
             graph.erase_node(node)

@@ -64,6 +64,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "matmul": ("input", "other"),
     "addmm": ("input", "mat1", "mat2", "beta", "alpha"),
     "gather": ("input", "dim", "index"),
+    "take_along_dim": ("input", "index", "dim"),
     "nll_loss": ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
     "cross_entropy": (
         "input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing",
@@ -90,7 +91,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "to": ("input", "dtype"),
 }  # fmt: skip
 VARIADIC = {"view", "reshape", "expand", "repeat", "permute"}  # x.view(2, 3) is x.view((2, 3))
-RENAMED = {"self": "input", "axis": "dim", "keepdims": "keepdim", "shape": "size", "x": "input", "value2": "value"}
+RENAMED = {
+    "self": "input", "axis": "dim", "keepdims": "keepdim", "shape": "size", "x": "input", "value2": "value",
+    "indices": "index",
+}  # fmt: skip
 
 _IN_PLACE = {
     operator.iadd: "add", operator.isub: "sub", operator.imul: "mul", operator.itruediv: "div", operator.ipow: "pow",

@@ -5,6 +5,8 @@
 A rule raises `NoNormalForm` where the operation has no meaning in the normal form.
 """
 
+from collections.abc import Set
+
 from torch import fx
 
 from fla_compile.passes import normal_form as nf
@@ -15,9 +17,9 @@ from fla_compile.passes.window_views import VIEW_RULES, padded
 from fla_compile.passes.windows import LONGEST_PREFIX, Rule, Windows, fixed
 
 
-def analyse(graph: fx.Graph) -> Windows:
-    """The values of all tensors of a graph."""
-    return Windows(graph, RULES)
+def analyse(graph: fx.Graph, opaque: Set[fx.Node] = frozenset()) -> Windows:
+    """The values of all tensors of a graph, of which `opaque` ones are made of nothing but themselves."""
+    return Windows(graph, RULES, opaque)
 
 
 def _mul(w: Windows, node: fx.Node, call: Call) -> Value:

@@ -8,7 +8,7 @@ A value is in the normal form of `normal_form.py`, with windows for atoms: so a 
 is one sum of weights times windows of one tensor. Whatever has no rule here is an atom, namely all of itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,10 +96,11 @@ def size_of(x: Any) -> Any:
 
 @dataclass
 class Windows:
-    """The values of all floating tensors of a graph, and what the atoms in them are."""
+    """The values of all floating tensors of a graph, and what the atoms in them are; `opaque` nodes are atoms."""
 
     graph: fx.Graph
     rules: Mapping[str, "Rule"]
+    opaque: Set[fx.Node] = frozenset()
     space: Space = field(default_factory=Space)
     atoms: list[Window | Family] = field(default_factory=list)
     known: dict[tuple, int] = field(default_factory=dict)
@@ -113,7 +114,8 @@ class Windows:
             if node.op == "output" or value is None or not value.dtype.is_floating_point:
                 lost.update(*(holders.get(storage, ()) for storage in _writes_of(node)))
                 continue
-            found = None if any(n in lost for n in node.all_input_nodes) else self.apply(node)
+            unseen = node in self.opaque or any(n in lost for n in node.all_input_nodes)
+            found = None if unseen else self.apply(node)
             for storage in _writes_of(node):
                 lost.update(holders.get(storage, ()))
             self.values[node] = self.whole(node) if found is None else found

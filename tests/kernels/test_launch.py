@@ -239,6 +239,35 @@ def test_as_triton_launches(monkeypatch):
     assert one == two == four and three[8] == 2.0 and three[:8] + three[9:] == one[:8] + one[9:]
 
 
+def test_whoever_listens_to_launches_hears_of_all(monkeypatch):
+    """Triton collects what hooks are told only where there are any: now, not when the kernel was compiled."""
+    fake, runtime = Driver(), launch.knobs.runtime
+    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
+        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
+    x, z = torch.zeros(16), torch.zeros(16)
+    run = Launch(example_kernel, CPU, (3,), (16, 1, 32, 16, False), num_warps=2)
+
+    def told():
+        """Whether the launches had metadata, and a hook before and one after."""
+        fake.launches.clear()
+        for _ in range(2):
+            run(x, None, z, 0.5)
+        return [(args[6] and args[6].data["name"], *args[7:9]) for _, args in fake.launches]
+
+    run(x, None, z, 0.5)
+    assert told() == [(None, None, None)] * 2
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, name, lambda metadata: None)
+            hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+            assert told() == [("example_kernel", *hooks)] * 2
+        chain = getattr(runtime, name)
+        monkeypatch.setattr(chain, "calls", [print])
+        assert told() == [("example_kernel", runtime.launch_enter_hook, runtime.launch_exit_hook)] * 2
+        monkeypatch.setattr(chain, "calls", [])
+    assert told() == [(None, None, None)] * 2
+
+
 def test_kernels_compile_side_by_side(monkeypatch, tmp_path):
     """Triton compiles both in threads, and the driver gets what it gets of launches one by one."""
     fake = Driver()

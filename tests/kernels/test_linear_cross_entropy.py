@@ -221,7 +221,9 @@ def test_autocast_is_kept_out():
     ("N", "D", "V", "rows", "sums", "bytes_over"),
     [
         (16384, 2048, 32000, 2048, torch.float32, 0.27e9),
-        (8192, 4096, 128256, 2048, torch.bfloat16, 0.53e9),
+        (8192, 4096, 128256, 1024, torch.bfloat16, 0.27e9),
+        (16384, 4096, 128256, 2048, torch.bfloat16, 0.53e9),
+        (4096, 1152, 262144, 1024, torch.bfloat16, 0.54e9),
         (65536, 4096, 128256, 1024, torch.float32, 1.32e9),
         (100, 64, 1000, 100, torch.bfloat16, 1e6),
     ],

@@ -21,7 +21,7 @@ from short_conv_cases import Case, make_gradients, make_operands, truth_and_eage
 
 from fla_compile.kernels import short_conv_kernels, short_conv_triton  # noqa: E402
 from fla_compile.kernels.short_conv_naive import naive_short_conv_step  # noqa: E402
-from fla_compile.kernels.short_conv_triton import TABLE, Config, config_for  # noqa: E402
+from fla_compile.kernels.short_conv_triton import SUM_TILE, TABLE, Config, config_for  # noqa: E402
 
 
 def run_kernels(case, operands, forward=None, backward=None):
@@ -63,6 +63,7 @@ CASES = [
     Case(W=4, T=9, D=9, parts=("residual",), scale=30.0),
     Case(W=7, D=5, lengths=(1, 2, 33, 7), parts=("initial_state",)),
     Case(W=4, D=5, lengths=(30, 1, 7), parts=("bias",)),
+    Case(W=2, T=1, B=SUM_TILE[0] + 1, D=3, parts=("bias",)),
 ]
 NARROW = CASES[:2]
 
@@ -110,17 +111,21 @@ def compile_kernel(kernel, nbytes, W, arch, packed):
     config = config_for("forward" if kernel == "forward" else "backward", nbytes, W)
     function = getattr(short_conv_kernels, f"short_conv_{kernel}_kernel")
     given = dict(FLAGS, W=W, BD=config.block_d, ROWS=config.rows, PACKED=packed)
+    if kernel == "sum":
+        given |= {"BP": SUM_TILE[0], "BD": SUM_TILE[1]}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in given or (not packed and name in ("p_pos", "p_seq", "p_cu")):
             signature[name], values[(i,)] = "constexpr", given.get(name)
         elif name.startswith("p_"):
-            own = {"p_pos": "*i32", "p_seq": "*i32", "p_cu": "*i32", "p_dw": "*fp32", "p_dh": "*fp32"}
+            own = dict.fromkeys(("p_pos", "p_seq", "p_cu"), "*i32") | dict.fromkeys(
+                ("p_dw", "p_dh", "p_parts"), "*fp32"
+            )
             signature[name] = own.get(name, POINTERS[nbytes])
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-            if name not in ("T", "SEG"):
+            if name not in ("T", "SEG", "parts"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": config.num_warps})
@@ -138,9 +143,9 @@ def stack_bytes(compiled):
 
 def ahead_of_time():
     kernels = [(k, n, W) for k, n, W in product(("forward", "backward"), (2, 4), (4, 8))]
-    kernels += [("state_grad", 2, 8), ("step", 2, 4), ("step", 4, 8)]
+    kernels += [("state_grad", 2, 8), ("step", 2, 4), ("step", 4, 8), ("sum", 2, 4), ("sum", 4, 8)]
     for (kernel, nbytes, W), arch, packed in product(kernels, (80, 90, 100), (False, True)):
-        if packed and kernel == "step":
+        if packed and kernel in ("step", "sum"):
             continue
         quick = arch == 90 and nbytes == 2 and W == 4 and not packed
         marks = [] if quick else pytest.mark.slow

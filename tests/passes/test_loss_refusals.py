@@ -80,6 +80,33 @@ def soft_probabilities(x, w):
     return -(q * F.log_softmax(F.linear(x, w), -1)).sum(-1).mean()  # here
 
 
+def targets_of_other_rows(x, w):
+    z = F.linear(x, w).view(-1, V)
+    return -z.log_softmax(-1)[torch.arange(B * T).flip(0), TARGET.view(-1)].mean()  # here
+
+
+def targets_of_every_other_row(x, w):
+    z = torch.cat([x, x]).view(-1, x.shape[-1]) @ w.T
+    return -z.log_softmax(-1)[torch.arange(0, 2 * B * T, 2), TARGET.view(-1)].mean()  # here
+
+
+def targets_from_the_second_row(x, w):
+    z = F.linear(x, w).view(-1, V)
+    return -z.log_softmax(-1)[torch.arange(-1, B * T - 1), TARGET.view(-1)].mean()  # here
+
+
+def targets_of_rows_that_move(x, w):
+    rows, z = torch.arange(B * T), F.linear(x, w).view(-1, V)
+    rows -= 1
+    return -z.log_softmax(-1)[rows, TARGET.view(-1)].mean()  # here
+
+
+def targets_of_rows_that_move_before_a_cast(x, w):
+    rows, z = torch.arange(B * T, dtype=torch.int32), F.linear(x, w).view(-1, V)
+    rows -= 1
+    return -z.log_softmax(-1)[rows.to(torch.int64), TARGET.view(-1)].mean()  # here
+
+
 def an_entropy_term(x, w):
     z = F.linear(x, w)
     lse = z.logsumexp(-1)
@@ -101,6 +128,11 @@ def z_loss_over_other_rows(x, w):
         (a_temperature_per_class, "other logits"),
         (another_cap, "other logits"),
         (soft_probabilities, "log probabilities"),
+        (targets_of_other_rows, "log probabilities"),
+        (targets_of_every_other_row, "log probabilities"),
+        (targets_from_the_second_row, "log probabilities"),
+        (targets_of_rows_that_move, "log probabilities"),
+        (targets_of_rows_that_move_before_a_cast, "log probabilities"),
         (an_entropy_term, "0.5"),
         (z_loss_over_other_rows, "rows differently"),
     ],

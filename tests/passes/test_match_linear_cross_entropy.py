@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from losses import D, T, V, assert_fused, layer, mask, targets
+from losses import B, D, T, V, assert_fused, layer, mask, targets
 from programs import Passes, assert_same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -92,6 +92,21 @@ def by_weight_first(x, w):
 
 def by_gather(x, w):
     return -F.log_softmax(x @ w.T, -1).gather(-1, TARGET.unsqueeze(-1)).squeeze(-1).mean()
+
+
+def by_take_along_dim(x, w):
+    return -torch.take_along_dim(F.linear(x, w).log_softmax(-1), indices=TARGET[..., None], dim=-1).mean()
+
+
+def by_index(x, w):
+    return -F.linear(x, w).view(-1, V).log_softmax(-1)[torch.arange(B * T), TARGET.view(-1)].mean()
+
+
+def by_index_from_the_end(x, w):
+    """Negative classes count from the last, here of rows that a mask leaves out and of some that it does not."""
+    p = F.linear(x, w).flatten(0, 1).softmax(1)
+    found = p[torch.arange(0, len(p), device=p.device), torch.where(MASK, TARGET, TARGET - V).view(-1)]
+    return -(found.log() * (IGNORED.view(-1) > 0)).sum()
 
 
 def by_logsumexp(x, w):

@@ -218,6 +218,35 @@ def test_what_does_not_belong_to_it(fn, kernel):
         assert call.args[5] is False and call.meta["example_value"][0].dtype == torch.float32
 
 
+def of_masked(x, w, b, s):
+    """What padding must not bring in, as transformers' mamba does."""
+    keep = (torch.arange(T) > 1).to(x.dtype)
+    return by_conv1d(x * keep[:, None], w, b, s)
+
+
+def of_masked_by_slices(x, w, b, s):
+    return by_slices(x * torch.sigmoid(s.sum((1, 2)))[:, None, None], w, b, s)
+
+
+def of_a_sum_that_is_used_again(x, w, b, s):
+    y = x + x.mT.cos().mT
+    return by_conv1d(y, w, b, s) * y
+
+
+def of_joined_channels(x, w, b, s):
+    """One convolution for queries and keys, as transformers' gated delta rule has it."""
+    y = torch.cat([x, x.cos()], -1)
+    z = F.conv1d(y.mT, torch.cat([w, w.sin()])[:, None], torch.cat([b, b]), padding=W - 1, groups=2 * D)[..., :T].mT
+    q, k = F.silu(z).split(D, -1)
+    return q * k
+
+
+@pytest.mark.parametrize("fn", [of_masked, of_masked_by_slices, of_a_sum_that_is_used_again, of_joined_channels])
+def test_what_comes_before(fn, kernel):
+    backend = matched(fn, operands(), kernel)
+    assert backend.count("silu") == (kernel == "taps" and fn is of_joined_channels)
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()

@@ -75,8 +75,17 @@ def written_before_it_is_done(x, w, b, s):
     return sum(parts)  # here
 
 
-def test_refuses_writes_in_between():
-    left(written_before_it_is_done, operands(), "mutates_input", "before it is done")
+def a_product_written_before_it_is_done(x, w, b, s):
+    x = x * (b > 0)
+    y = F.pad(x, (0, 0, W - 1, 0))
+    parts = [y[:, j : j + T] * w[:, j] for j in range(W)]
+    x.mul_(2)
+    return sum(parts)  # here
+
+
+@pytest.mark.parametrize("fn", [written_before_it_is_done, a_product_written_before_it_is_done])
+def test_refuses_writes_in_between(fn):
+    left(fn, operands(), "mutates_input", "before it is done")
 
 
 # What looks like none is left without a word.
@@ -131,7 +140,14 @@ def written_between_the_taps(x, w, b, s):
     return z + y[:, 1:-1] * w[:, 1] + y[:, :-2] * w[:, 2]
 
 
+def masked_between_the_taps(x, w, b, s):
+    keep = torch.cos(torch.arange(T))[:, None]
+    y = F.pad(x, (0, 0, W - 1, 0))
+    return sum(y[:, j : j + T] * keep.roll(j, 0) * w[:, j] for j in range(W))
+
+
 SILENT = [
+    masked_between_the_taps,
     same_padding, not_depthwise, strided, two_taps, weights_of_time, differences, the_future, other_padding, rotary,
     written_between_the_taps,
 ]  # fmt: skip
