@@ -150,6 +150,8 @@ def one_sequence(config) -> None:
         for name, y in zip(NAMES, want, strict=True):
             if segments == 1 or name not in ("final_state", "dh0"):  # not of the chain, but of the last segment
                 assert torch.equal(got[name], y), f"{case} {name}"
+            elif family == "gla":  # of another kernel, whose factors are rounded elsewhere
+                assert (got[name] - y).norm() <= 2.0**-11 * y.norm(), f"{case} {name}"
             else:
                 torch.testing.assert_close(got[name], y)
         print("ok", case)
@@ -213,15 +215,17 @@ def test_the_table(lengths, H):
     # no program works longer than its share of the device, of which two run at once, or a few chunks
     share = sum(lengths) * H * 2 / (2 * 132)
     assert sizes[0] <= max(2 * share, 2 * decay_segments.SHORTEST * scans.chunk)
-    by_start, state = sorted(rows), 0
+    firsts, state = [], 0
+    for start, end, *_ in rows:  # chunks are found by their first ones, which ascend
+        firsts.append(state)
+        state += -(-(end - start) // scans.tall.chunk)
+    assert [row[2] for row in rows] == firsts and packing.chunks == state
+    by_start = sorted(rows)
     assert [row[0] for row in by_start] == [0, *(row[1] for row in by_start[:-1])]
-    for start, end, first, sequence, before, after, *_ in by_start:
+    for start, end, _, sequence, before, after, *_ in by_start:
         assert bounds[sequence][0] <= start < end <= bounds[sequence][1]
         assert (before < 0) == (start == bounds[sequence][0]) and (after < 0) == (end == bounds[sequence][1])
         assert after < 0 or (end - start) % scans.chunk == 0
-        assert first == state
-        state += -(-(end - start) // scans.tall.chunk)
-    assert packing.chunks == state
     joints = [row[5] for row in by_start if row[5] >= 0]
     assert joints == [row[4] for row in by_start if row[4] >= 0] == [*range(packing.joints)]
     for reverse, side in ((False, 5), (True, 4)):
