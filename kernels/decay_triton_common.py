@@ -291,13 +291,19 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Ten
     return kind
 
 
-def plan_launch(q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None) -> SplitPlan:
-    """The split launch of checked arguments, with the table's configuration unless one is given."""
+def plan_launch(
+    q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None, *, forward: bool = False
+) -> SplitPlan:
+    """The split launch of checked arguments, with the table's configuration unless one is given.
+
+    `forward` plans outputs alone.
+    """
     B, T, H, K = q.shape
     V = v.shape[-1]
     if config is None:
-        arch, shared = device_arch(q.device), shared_limit(q.device)
-        configs = configs_for(arch, "split", kind, q.element_size(), max(K, V), shared)
+        row = kind, q.element_size(), max(K, V), shared_limit(q.device)
+        configs = configs_for(device_arch(q.device), "outputs", *row) if forward else ()
+        configs = configs or configs_for(device_arch(q.device), "split", *row)
         if not configs:
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
         config = configs[0]

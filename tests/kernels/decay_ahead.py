@@ -25,7 +25,7 @@ STACK = {2: 0, 4: 16}
 
 def kernels_of(row, kind, values=None):
     """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
-    if row.launch != "split":
+    if row.launch not in ("split", "outputs"):
         return [*passes_of(row, kind, values), *sums_of(row, kind)]
     values = values or row.size
     config = TABLE[row][0]
@@ -38,6 +38,10 @@ def kernels_of(row, kind, values=None):
         (common.chunk_state_kernel, dict(tile, HAS_H0=True, STORE_H=True, STORE_HT=True, p_gt=None)),
         (common.chunk_state_kernel, dict(tile, HAS_H0=False, STORE_H=False, STORE_HT=True, p_h0=None, p_h=None)),
         (forward.chunk_output_kernel, tile),
+    ]
+    if row.launch == "outputs":
+        return found
+    found += [
         (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH=True, STORE_DH0=True, p_gt=None)),
         (
             backward.chunk_state_grad_kernel,

@@ -11,9 +11,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
-from decay_cases import FAMILIES, Case, make_inputs  # noqa: E402
+from decay_cases import FAMILIES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from test_decay_triton import KIND, check_results, on_gpu, run_kernels  # noqa: E402
+from test_decay_triton import KIND, check_results, narrow_results, on_gpu, run_kernels  # noqa: E402
 from test_decay_triton_values import check, value_case  # noqa: E402
 
 from fla_compile.kernels import decay_segments, decay_triton_common  # noqa: E402
@@ -24,7 +24,7 @@ STEPS = 72
 
 
 def segments_of(case, x, config=None):
-    return decay_triton_common.plan_launch(x.q, x.v, KIND[case.family], config).segments
+    return decay_triton_common.plan_launch(x.q, x.v, KIND[case.family], config, forward=config is None).segments
 
 
 def interpret() -> None:
@@ -90,18 +90,18 @@ def test_rule():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "K", "V"), [(torch.bfloat16, 256, 256), (torch.float32, 40, 72)], ids=str)
 def test_gpu(family, dtype, K, V):
-    """As the tables choose, with a last chunk and a last segment that are not whole."""
-    case = Case(family, 1000, "weak", B=1, H=2, K=K, V=V)
+    """The table's split launch, and what the tables choose, with a last chunk and a last segment that are not whole."""
+    case = Case(family, 1100, "weak", B=1, H=2, K=K, V=V)
     x = on_gpu(make_inputs(case, dtype))
-    assert segments_of(case, x) > 1
-    got, again = run_kernels(x, config=_config(case, x)), run_kernels(x, config=_config(case, x))
-    for name in got:
-        assert torch.equal(got[name], again[name]), f"{case} {name} differs from run to run"
-    check_results(case, x, got, dtype)
-
-
-def _config(case, x):
-    return decay_triton_common.plan_launch(x.q, x.v, KIND[case.family], None).config
+    truth = naive_results(case, x, torch.float64)
+    eager = (naive_results if dtype == torch.float32 else narrow_results)(case, x, dtype)
+    split = decay_triton_common.plan_launch(x.q, x.v, KIND[family], None).config
+    for config in (split, None):
+        assert segments_of(case, x, config) > 1
+        got, again = run_kernels(x, config), run_kernels(x, config)
+        for name in got:
+            assert torch.equal(got[name], again[name]), f"{case} {name} differs from run to run"
+        check_results(case, x, got, dtype, truth, eager)
 
 
 if __name__ == "__main__":
