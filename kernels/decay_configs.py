@@ -1,7 +1,8 @@
 """Launch configurations of the decayed outer product: one small table, no autotuning.
 
-A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Launches: `split`, and
-the two shapes of pass of the fused one, whose programs hold a state of all rows of the class and block_v columns:
+A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Launches: `split`, in
+its place where there is one `outputs` for the forward alone, which has registers for longer chunks and so fewer states,
+and the two shapes of pass of the fused one, whose programs hold a state of all rows of the class and block_v columns:
 `wide` with K rows (the output and dv) and `tall` with V rows (dq and dk), which under one decay a head or row are
 `grads` where they leave that decay's gradient too. Under one a key `tall` is no pass, but makes dq, dk and the decay's
 gradient of block_v keys and all values of one chunk, between the states that `states` and dv's pass leave. Families:
@@ -87,6 +88,7 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_split(100, "key", 2, 64, 32, 64, 4, 2, 32784),
     **_split(100, "row", 4, 32, 16, 16, 4, 1, 8192),
     **_split(100, "key", 4, 32, 32, 32, 4, 2, 16896),
+    Row(90, "outputs", "row", 2, 256): (Config(128, 64, 128, 8, 2, 114688),),
     **_passes(80, "row", 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408), (32, 64, 4, 2, 24576)),
     **_passes(80, "row", 128, (32, 64, 8, 2, 37888), (32, 64, 8, 2, 37888)),
     **_passes(80, "key", 64, (32, 64, 4, 2, 28672), (32, 64, 4, 1, 24704), (32, 64, 4, 2, 24576)),

@@ -19,7 +19,7 @@ from fla_compile.kernels.decay_fused_gates import launch_grads, launch_rows, lau
 from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
-from fla_compile.kernels.decay_segments import Packing, Part, chain_joints_kernel, chain_segments_kernel
+from fla_compile.kernels.decay_segments import Packing, Part, chain_joints_kernel, chain_segments
 from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 
@@ -80,14 +80,7 @@ def _chain(
     per_key = (K,) if plan.kind == "vector" else ()
     gt = torch.empty(B, plan.segments, H, *per_key, dtype=torch.float32, device=z.device)
     _add_up(plan, z, w, g, u, gt, reverse=reverse)
-    key = ("chain", plan, reverse, layout(s0), layout(st), u.device)
-    launch = _launches.get(key)
-    if launch is None:
-        block = min(1024, triton.next_power_of_2(K * V))
-        numbers = H, plan.segments, K, V, block, KINDS[plan.kind], reverse, s0 is not None, st is not None
-        launch = Launch(chain_segments_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
-        remember(_launches, key, launch)
-    launch(u, gt, s0, st, float(s_in), float(s_st))
+    chain_segments(u, gt, s0, st, KINDS[plan.kind], reverse=reverse, s_in=s_in, s_st=s_st)
     return u
 
 

@@ -12,18 +12,39 @@ writes its own final one: where no sequence is cut there is nothing to chain. Wh
 from array import array
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments_kernel", "pack", "segment_count"]
+from fla_compile.kernels.launch import Launch, layout, remember
+
+__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments", "pack", "segment_count"]
 
 # A segment shorter than this many chunks costs more in states than it gains.
 SHORTEST = 4
+# Of a factor 2^x each half must be a number: the largest x that one segment may have.
+HIGHEST = tl.constexpr(254.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Numbers of a row of a table; those in use, then zeros up to 32 bytes, so that every slice begins at a multiple of 16.
 COLUMNS = tl.constexpr(8)
+
+
+@triton.jit
+def decayed(b_s, p_gt, i_u, o_k, m_s, K: tl.constexpr, DECAY: tl.constexpr):
+    """A state after the decay of segment i_u, in halves: where decays grow, a state is not lost to a factor beyond
+    float32, and one of zero stays zero."""
+    if DECAY == 0:
+        return b_s
+    else:
+        if DECAY == 3:
+            b_g = tl.load(p_gt + i_u * K + o_k, mask=m_s, other=0.0)
+        else:
+            b_g = tl.load(p_gt + i_u) * LOG2_E
+        b_f = tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
+        return b_s * b_f * b_f
 
 
 @triton.jit(do_not_specialize=["H", "n_s"])
@@ -51,11 +72,7 @@ def chain_segments_kernel(
         i_u = ((i_b * n_s + i_s) * H + i_h).to(tl.int64)
         b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
         tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
-        if DECAY == 3:
-            b_s *= tl.exp2(tl.load(p_gt + i_u * K + o_s // V, mask=m_s, other=0.0))
-        elif DECAY != 0:
-            b_s *= tl.exp(tl.load(p_gt + i_u))
-        b_s += b_u
+        b_s = decayed(b_s, p_gt, i_u, o_s // V, m_s, K, DECAY) + b_u
     if FINAL:
         tl.store(p_st + i_bh.to(tl.int64) * (K * V) + o_s, b_s * s_st, mask=m_s)
 
@@ -87,12 +104,27 @@ def chain_joints_kernel(
             i_j = i_first + n_u - 1 - i_n
         i_u = i_j.to(tl.int64) * H + i_h
         b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
-        if DECAY == 3:
-            b_s *= tl.exp2(tl.load(p_gt + i_u * K + o_s // V, mask=m_s, other=0.0))
-        elif DECAY != 0:
-            b_s *= tl.exp(tl.load(p_gt + i_u))
-        b_s += b_u
+        b_s = decayed(b_s, p_gt, i_u, o_s // V, m_s, K, DECAY) + b_u
         tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
+
+
+_launches: dict[tuple[Any, ...], Launch] = {}
+
+
+def chain_segments(
+    u: Tensor, gt: Tensor, s0: Tensor | None, st: Tensor | None, decay: int, *, reverse: bool, s_in: float, s_st: float
+) -> None:
+    """What each segment adds, u [B, segments, H, K, V], becomes the state before it, from s0 [B, H, K, V] times `s_in`;
+    the last one, times `s_st`, goes to st [B, H, K, V]. gt as `chain_segments_kernel` has it."""
+    key = (decay, reverse, layout(u), layout(s0), layout(st))
+    launch = _launches.get(key)
+    if launch is None:
+        B, segments, H, K, V = u.shape
+        block = min(1024, triton.next_power_of_2(K * V))
+        numbers = H, segments, K, V, block, decay, reverse, s0 is not None, st is not None
+        launch = Launch(chain_segments_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
+        remember(_launches, key, launch)
+    launch(u, gt, s0, st, float(s_in), float(s_st))
 
 
 def segment_count(length: int, *, steps: int, programs: int, chunk: int, room: int, resident: int) -> int:

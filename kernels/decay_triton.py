@@ -117,7 +117,7 @@ def chunk_forward(
             scans = plan_scans(q, v, kind, forward=True)
         if scans is not None:
             return scan_forward(scans, q, k, v, g, h0, scale)
-        return _launch_all(plan_launch(q, v, kind, config), q, k, v, g, h0, scale)
+        return _launch_all(plan_launch(q, v, kind, config, forward=True), q, k, v, g, h0, scale)
 
 
 @compiled_together

@@ -16,8 +16,10 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward
+from fla_compile.kernels.decay_segments import chain_segments
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
+    KINDS,
     NO_DECAY,
     SplitPlan,
     as_decay,
@@ -26,10 +28,13 @@ from fla_compile.kernels.decay_triton_common import (
     launch_key_scores,
     launch_split,
     launch_states,
+    launch_sweep,
     load_columns,
     load_rows,
+    new_sums,
     plan_launch,
     row_decay,
+    store_decay,
     store_rows,
     sweep_program,
 )
@@ -39,28 +44,33 @@ from fla_compile.kernels.launch import compiled_together
 __all__ = ["chunk_backward", "launch_gradients"]
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "L", "n_s"])
 def chunk_state_grad_kernel(
-    p_q, p_do, p_g, p_dht, p_dh, p_dh0, scale, T, H,
+    p_q, p_do, p_g, p_dht, p_dh, p_dh0, p_gt, scale, T, H, L, n_s,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, HAS_DHT: tl.constexpr, STORE_DH0: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, HAS_DHT: tl.constexpr, STORE_DH: tl.constexpr, STORE_DH0: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per (b, h, K block, V block) walks back; p_dh [B*H, chunks, K, V] gets the D after each chunk."""
-    i_bh, i_b, i_h, i_k, i_v = sweep_program(H, K, V, BK, BV)
-    n_t = tl.cdiv(T, C)
+    """One program per (b, segment, h, K block, V block) walks back, from a D of p_dht [B, segments, H, K, V] to one of
+    p_dh0; p_dh [B*H, chunks, K, V] gets the D after each chunk, or p_gt, without STORE_DH, the segment's log decay."""
+    i_nh, i_b, i_h, n_t, i_a, i_e, i_k, i_v = sweep_program(T, H, L, n_s, C, K, V, BK, BV)
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
-    p_dh += (i_bh.to(tl.int64) * n_t + n_t - 1) * (K * V)
 
     b_d = tl.zeros((BK, BV), tl.float32)
+    b_total = tl.zeros((BK,), tl.float32) if DECAY == KEY_DECAY else 0.0
+    if STORE_DH:
+        p_dh += ((i_b * H + i_h) * n_t + i_e - 1) * (K * V)
     if HAS_DHT:
-        b_d += load_rows(p_dht + i_bh.to(tl.int64) * (K * V), o_k, o_v, m_k, V).to(tl.float32)
-    for i_n in range(n_t):
-        store_rows(p_dh, b_d, o_k, o_v, m_k, V)
-        p_dh -= K * V
-        t_0 = (n_t - 1 - i_n) * C
+        b_d += load_rows(p_dht + i_nh * (K * V), o_k, o_v, m_k, V).to(tl.float32)
+    for _ in range(i_e - i_a):
+        if STORE_DH:
+            store_rows(p_dh, b_d, o_k, o_v, m_k, V)
+            p_dh -= K * V
+        i_e -= 1
+        t_0 = i_e * C
         i_row = (i_b * T + t_0) * H + i_h
         m_c = t_0 + o_c < T
         b_qt = load_columns(p_q + i_row * K, o_c * H, o_k, m_c, K)
@@ -68,14 +78,24 @@ def chunk_state_grad_kernel(
         if DECAY == KEY_DECAY:
             b_gt = as_decay(load_columns(p_g + i_row * K, o_c * H, o_k, m_c, K))
             b_qt = (b_qt * tl.exp(tl.cumsum(b_gt, 1))).to(b_do.dtype)
-            b_d *= tl.exp(tl.sum(b_gt, 1))[:, None]
+            b_all = tl.sum(b_gt, 1)
+            b_total += b_all
+            b_d *= tl.exp(b_all)[:, None]
         elif DECAY != NO_DECAY:
             b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_do.dtype == tl.float32)
             b_do = (b_do * tl.exp(b_hi + b_lo)[:, None]).to(b_do.dtype)
+            b_total += s_hi + s_lo
             b_d *= tl.exp(s_hi + s_lo)
-        b_d += tl.dot(b_qt, b_do, input_precision=PRECISION) * scale
+        if STORE_DH:
+            b_d += tl.dot(b_qt, b_do, input_precision=PRECISION) * scale
+        else:
+            b_d = tl.dot(b_qt, b_do, b_d, input_precision=PRECISION)
+    if not STORE_DH:
+        b_d *= scale
     if STORE_DH0:
-        store_rows(p_dh0 + i_bh.to(tl.int64) * (K * V), b_d, o_k, o_v, m_k, V)
+        store_rows(p_dh0 + i_nh * (K * V), b_d, o_k, o_v, m_k, V)
+    if not STORE_DH:
+        store_decay(p_gt, b_total, i_nh, i_k, i_v, K, BK, DECAY)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -195,10 +215,29 @@ def launch_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients (dq, dk, dv, and dg for `sum_shares`) of the split launch, from its scores and states; fills dh0."""
     dq, dk, dv, dh = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(h)
-    per_value = plan.B * plan.H * plan.value_blocks
-    launch_split(
-        plan, chunk_state_grad_kernel, per_value * plan.key_blocks, q, do, g, dht, dh, dh0, float(scale),
-        HAS_DHT=dht is not None, STORE_DH0=dh0 is not None,
-    )  # fmt: skip
-    launch_split(plan, chunk_value_grad_kernel, per_value * plan.chunks, q, k, g, a, do, dh, dv, float(scale))
+    _launch_state_grads(plan, q, g, scale, do, dht, dh, dh0)
+    programs = plan.B * plan.H * plan.chunks * plan.value_blocks
+    launch_split(plan, chunk_value_grad_kernel, programs, q, k, g, a, do, dh, dv, float(scale))
     return dq, dk, dv, launch_query_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale)
+
+
+def _launch_state_grads(
+    plan: SplitPlan,
+    q: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    do: torch.Tensor,
+    dht: torch.Tensor | None,
+    dh: torch.Tensor,
+    dh0: torch.Tensor | None,
+) -> None:
+    """Fills dh and dh0."""
+    sweep = chunk_state_grad_kernel
+    if plan.segments > 1:
+        u, gt = new_sums(plan)
+        flags = dict(HAS_DHT=False, STORE_DH=False, STORE_DH0=True)
+        launch_sweep(plan, sweep, q, do, g, None, None, u, gt, float(scale), **flags)
+        chain_segments(u, gt, dht, dh0, KINDS[plan.kind], reverse=True, s_in=1.0, s_st=1.0)
+        dht, dh0 = u, None
+    flags = dict(HAS_DHT=dht is not None, STORE_DH=True, STORE_DH0=dh0 is not None)
+    launch_sweep(plan, sweep, q, do, g, dht, dh, dh0, None, float(scale), **flags)

@@ -5,6 +5,9 @@
 Device side: masked tile loads, decays in log space, the sweep over chunks that leaves the state at the start of each,
 and the scores of a chunk under a decay over keys. Host side: what a launch needs to know, checked once.
 
+Where the blocks of all states are too few programs to fill the device, a sweep's time is cut into segments: what each
+adds is summed up, the sums are chained (`decay_segments`), and then all segments are swept at once.
+
 Decays are never exponentiated on their own. With c_t the sum of g over a chunk up to row t, the kernels use only
 exp(c_t), exp(c_last - c_t) and exp(c_i - c_j) with i >= j; all exponents are <= 0 when g <= 0. Such differences are
 summed over just the rows between, or (one decay per row) from two sums that subtract exactly, so that a decay of -100
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config, configs_for
+from fla_compile.kernels.decay_segments import chain_segments, segment_count
 from fla_compile.kernels.launch import Launch, remember
 
 NO_DECAY = tl.constexpr(0)
@@ -26,6 +30,8 @@ CONSTANT_DECAY = tl.constexpr(1)
 ROW_DECAY = tl.constexpr(2)
 KEY_DECAY = tl.constexpr(3)
 KINDS = {"none": 0, "constant": 1, "scalar": 2, "vector": 3}
+# Warps of sweeps that run side by side on a multiprocessor: with fewer they wait for memory, their state on chip.
+WARPS = 16
 
 SUB = tl.constexpr(16)
 # exp(-104) is 0 in fp32, so a larger drop in one step changes nothing; this also keeps -inf out of the sums.
@@ -70,13 +76,28 @@ def chunk_program(T, H, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def sweep_program(H, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """One program for each block of a state: its sequence and head together and apart, K block and V block."""
+def sweep_program(T, H, L, n_s, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """One program for each segment of L chunks and block of a state: sequence, segment and head together, sequence,
+    head, number of chunks, first chunk and the one after the last, K block and V block."""
     NK: tl.constexpr = tl.cdiv(K, BK)
     NV: tl.constexpr = tl.cdiv(V, BV)
     i_p = tl.program_id(0)
-    i_bh = i_p // NV // NK
-    return i_bh, (i_bh // H).to(tl.int64), i_bh % H, (i_p // NV) % NK, i_p % NV
+    i_nh = i_p // NV // NK
+    i_n = i_nh // H
+    n_t = tl.cdiv(T, C)
+    i_a = (i_n % n_s) * L
+    i_e = tl.minimum(i_a + L, n_t)
+    return i_nh.to(tl.int64), (i_n // n_s).to(tl.int64), i_nh % H, n_t, i_a, i_e, (i_p // NV) % NK, i_p % NV
+
+
+@triton.jit
+def store_decay(p_gt, b_total, i_nh, i_k, i_v, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr):
+    """The log decay of a segment, as `chain_segments` takes it, from the programs of its first V block."""
+    if DECAY == KEY_DECAY:
+        o_k = i_k * BK + tl.arange(0, BK)
+        tl.store(p_gt + i_nh * K + o_k, b_total * LOG2_E, mask=(o_k < K) & (i_v == 0))
+    elif DECAY != NO_DECAY:
+        tl.store(p_gt + i_nh, b_total, mask=(i_k == 0) & (i_v == 0))
 
 
 @triton.jit
@@ -105,46 +126,56 @@ def row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY: tl.constexpr, EXACT: tl.const
         return tl.cumsum(b_g, 0), b_zero, tl.sum(b_g, 0), tl.sum(b_zero, 0)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "L", "n_s"])
 def chunk_state_kernel(
-    p_k, p_v, p_g, p_h0, p_h, p_ht, T, H,
+    p_k, p_v, p_g, p_h0, p_h, p_ht, p_gt, T, H, L, n_s,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, HAS_H0: tl.constexpr, STORE_HT: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, HAS_H0: tl.constexpr, STORE_H: tl.constexpr, STORE_HT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per (b, h, K block, V block) walks the chunks; p_h [B*H, chunks, K, V] gets the state before each."""
-    i_bh, i_b, i_h, i_k, i_v = sweep_program(H, K, V, BK, BV)
-    n_t = tl.cdiv(T, C)
+    """One program per (b, segment, h, K block, V block) walks the segment's chunks, from a state of p_h0
+    [B, segments, H, K, V] to one of p_ht; p_h [B*H, chunks, K, V] gets the state before each chunk, or p_gt, without
+    STORE_H, the log decay of the segment."""
+    i_nh, i_b, i_h, n_t, i_a, i_e, i_k, i_v = sweep_program(T, H, L, n_s, C, K, V, BK, BV)
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_k = o_k < K
-    p_h += i_bh.to(tl.int64) * n_t * (K * V)
 
     b_s = tl.zeros((BK, BV), tl.float32)
+    b_total = tl.zeros((BK,), tl.float32) if DECAY == KEY_DECAY else 0.0
+    if STORE_H:
+        p_h += ((i_b * H + i_h) * n_t + i_a) * (K * V)
     if HAS_H0:
-        b_s += load_rows(p_h0 + i_bh.to(tl.int64) * (K * V), o_k, o_v, m_k, V).to(tl.float32)
-    for i_t in range(n_t):
-        store_rows(p_h, b_s, o_k, o_v, m_k, V)
-        p_h += K * V
+        b_s += load_rows(p_h0 + i_nh * (K * V), o_k, o_v, m_k, V).to(tl.float32)
+    for i_t in range(i_a, i_e):
+        if STORE_H:
+            store_rows(p_h, b_s, o_k, o_v, m_k, V)
+            p_h += K * V
         t_0 = i_t * C
         i_row = (i_b * T + t_0) * H + i_h
         m_c = t_0 + o_c < T
         b_kt = load_columns(p_k + i_row * K, o_c * H, o_k, m_c, K)
         b_v = load_rows(p_v + i_row * V, o_c * H, o_v, m_c, V)
         if DECAY == KEY_DECAY:
-            p_gt = p_g + i_row * K
+            p_gr = p_g + i_row * K
             m_next = (o_c + 1 < C) & (t_0 + o_c + 1 < T)
-            b_next = as_decay(load_columns(p_gt, (o_c + 1) * H, o_k, m_next, K))
-            b_first = as_decay(tl.load(p_gt + o_k, mask=m_k, other=0.0))
+            b_next = as_decay(load_columns(p_gr, (o_c + 1) * H, o_k, m_next, K))
+            b_first = as_decay(tl.load(p_gr + o_k, mask=m_k, other=0.0))
             b_kt = (b_kt * tl.exp(tl.cumsum(b_next, 1, reverse=True))).to(b_v.dtype)
-            b_s *= tl.exp(tl.sum(b_next, 1) + b_first)[:, None]
+            b_all = tl.sum(b_next, 1) + b_first
+            b_total += b_all
+            b_s *= tl.exp(b_all)[:, None]
         elif DECAY != NO_DECAY:
             b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_v.dtype == tl.float32)
             b_v = (b_v * tl.exp((s_hi - b_hi) + (s_lo - b_lo))[:, None]).to(b_v.dtype)
+            b_total += s_hi + s_lo
             b_s *= tl.exp(s_hi + s_lo)
         b_s = tl.dot(b_kt, b_v, b_s, input_precision=PRECISION)
     if STORE_HT:
-        store_rows(p_ht + i_bh.to(tl.int64) * (K * V), b_s, o_k, o_v, m_k, V)
+        store_rows(p_ht + i_nh * (K * V), b_s, o_k, o_v, m_k, V)
+    if not STORE_H:
+        store_decay(p_gt, b_total, i_nh, i_k, i_v, K, BK, DECAY)
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -207,10 +238,16 @@ class SplitPlan:
     block_v: int
     precision: str
     device: torch.device
+    segments: int = 1
 
     @property
     def chunks(self) -> int:
         return triton.cdiv(self.T, self.config.chunk)
+
+    @property
+    def length(self) -> int:
+        """Chunks of a segment, but for the last one's."""
+        return triton.cdiv(self.chunks, self.segments)
 
     @property
     def key_blocks(self) -> int:
@@ -254,18 +291,31 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Ten
     return kind
 
 
-def plan_launch(q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None) -> SplitPlan:
-    """The split launch of checked arguments, with the table's configuration unless one is given."""
+def plan_launch(
+    q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None, *, forward: bool = False
+) -> SplitPlan:
+    """The split launch of checked arguments, with the table's configuration unless one is given.
+
+    `forward` plans outputs alone.
+    """
     B, T, H, K = q.shape
     V = v.shape[-1]
     if config is None:
-        arch, shared = device_arch(q.device), shared_limit(q.device)
-        configs = configs_for(arch, "split", kind, q.element_size(), max(K, V), shared)
+        row = kind, q.element_size(), max(K, V), shared_limit(q.device)
+        configs = configs_for(device_arch(q.device), "outputs", *row) if forward else ()
+        configs = configs or configs_for(device_arch(q.device), "split", *row)
         if not configs:
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
         config = configs[0]
     blocks = pad_block(K, config.block_k), pad_block(V, config.block_v)
-    return SplitPlan(B, T, H, K, V, kind, config, *blocks, precision(q), q.device)
+    resident = WARPS // config.num_warps
+    segments = segment_count(
+        T, steps=B * T, programs=H * triton.cdiv(K, blocks[0]) * triton.cdiv(V, blocks[1]), chunk=config.chunk,
+        room=resident * multiprocessors(q.device), resident=resident,
+    )  # fmt: skip
+    chunks = triton.cdiv(T, config.chunk)
+    segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
+    return SplitPlan(B, T, H, K, V, kind, config, *blocks, precision(q), q.device, segments)
 
 
 def precision(q: torch.Tensor) -> str:
@@ -308,8 +358,8 @@ def launch_split(
     launch = _launches.get(key)
     if launch is None:
         known: dict[str, Any] = dict(
-            T=plan.T, H=plan.H, K=plan.K, V=plan.V, C=plan.config.chunk, BK=plan.block_k, BV=plan.block_v,
-            DECAY=KINDS[plan.kind], PRECISION=plan.precision,
+            T=plan.T, H=plan.H, L=plan.length, n_s=plan.segments, K=plan.K, V=plan.V, C=plan.config.chunk,
+            BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[plan.kind], PRECISION=plan.precision,
         )  # fmt: skip
         known |= numbers
         ordered = tuple(known[name] for name in kernel.arg_names[len(first) :])
@@ -325,9 +375,27 @@ def launch_states(
     B, H, K, V = plan.B, plan.H, plan.K, plan.V
     h = torch.empty(B * H, plan.chunks, K, V, dtype=k.dtype, device=k.device)
     ht = torch.empty(B, H, K, V, dtype=torch.float32, device=k.device) if final else None
-    programs = B * H * plan.key_blocks * plan.value_blocks
-    launch_split(plan, chunk_state_kernel, programs, k, v, g, h0, h, ht, HAS_H0=h0 is not None, STORE_HT=final)
+    last = ht
+    if plan.segments > 1:
+        u, gt = new_sums(plan)
+        launch_sweep(plan, chunk_state_kernel, k, v, g, None, None, u, gt, HAS_H0=False, STORE_H=False, STORE_HT=True)
+        chain_segments(u, gt, h0, ht, KINDS[plan.kind], reverse=False, s_in=1.0, s_st=1.0)
+        h0, last = u, None
+    given = dict(HAS_H0=h0 is not None, STORE_H=True, STORE_HT=last is not None)
+    launch_sweep(plan, chunk_state_kernel, k, v, g, h0, h, last, None, **given)
     return h, ht
+
+
+def new_sums(plan: SplitPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a sweep leaves of each segment: what it adds to the state, and its log decay."""
+    shape = plan.B, plan.segments, plan.H, plan.K
+    wide: dict[str, Any] = dict(dtype=torch.float32, device=plan.device)
+    return torch.empty(*shape, plan.V, **wide), torch.empty(shape if plan.kind == "vector" else shape[:3], **wide)
+
+
+def launch_sweep(plan: SplitPlan, kernel: Any, *first: torch.Tensor | float | None, **flags: bool) -> None:
+    programs = plan.B * plan.segments * plan.H * plan.key_blocks * plan.value_blocks
+    launch_split(plan, kernel, programs, *first, **flags)
 
 
 def launch_key_scores(plan: SplitPlan, q: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ EXACT_STACK = 48
 
 def kernels_of(row, kind, values=None):
     """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
-    if row.launch != "split":
+    if row.launch not in ("split", "outputs"):
         return [*passes_of(row, kind, values), *sums_of(row, kind)]
     values = values or row.size
     config = TABLE[row][0]
@@ -39,9 +39,18 @@ def kernels_of(row, kind, values=None):
     )  # fmt: skip
     common, forward, backward, grads = decay_triton_common, decay_triton, decay_triton_bwd, decay_triton_grads
     found = [
-        (common.chunk_state_kernel, dict(tile, HAS_H0=True, STORE_HT=True)),
+        (common.chunk_state_kernel, dict(tile, HAS_H0=True, STORE_H=True, STORE_HT=True, p_gt=None)),
+        (common.chunk_state_kernel, dict(tile, HAS_H0=False, STORE_H=False, STORE_HT=True, p_h0=None, p_h=None)),
         (forward.chunk_output_kernel, tile),
-        (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH0=True)),
+    ]
+    if row.launch == "outputs":
+        return found
+    found += [
+        (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH=True, STORE_DH0=True, p_gt=None)),
+        (
+            backward.chunk_state_grad_kernel,
+            dict(tile, HAS_DHT=False, STORE_DH=False, STORE_DH0=True, p_dht=None, p_dh=None),
+        ),
         (backward.chunk_value_grad_kernel, tile),
         (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=False)),
     ]

@@ -1,0 +1,108 @@
+"""Time cut into segments for the sweeps of the split launch: interpreted, and on a GPU.
+
+Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pytest starts it in a process of its own,
+as for `test_decay_triton`.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton has no build for this system")
+
+from decay_cases import FAMILIES, Case, make_inputs, naive_results  # noqa: E402
+from interpreted import interpreted  # noqa: E402
+from test_decay_triton import KIND, check_results, narrow_results, on_gpu, run_kernels  # noqa: E402
+from test_decay_triton_values import check, value_case  # noqa: E402
+
+from fla_compile.kernels import decay_segments, decay_triton_common  # noqa: E402
+from fla_compile.kernels.decay_configs import Config  # noqa: E402
+
+SMALL = Config(16, 16, 16, 4, 1, 0)
+STEPS = 72
+
+
+def segments_of(case, x, config=None):
+    return decay_triton_common.plan_launch(x.q, x.v, KIND[case.family], config, forward=config is None).segments
+
+
+def interpret() -> None:
+    """Three segments of two, two and one chunk, the last chunk of 8 rows; several blocks of keys or values."""
+    decay_segments.SHORTEST = 1
+    one, wide = torch.float32, dict(B=1, H=1, K=8, V=20)
+    cases = [(Case("linear_attention", STEPS, B=2, H=1, K=8, V=20), one), (Case("retention", STEPS, **wide), one)]
+    cases += [(Case("simple_gla", STEPS, "strong", B=1, H=2, K=20, V=8), one)]
+    cases += [(Case("simple_gla", STEPS, "very_strong", **wide), torch.float16)]
+    cases += [(Case("gla", STEPS, "hills", B=1, H=1, K=8, V=8), one)]
+    for case, dtype in cases:
+        x = make_inputs(case, dtype)
+        assert segments_of(case, x, SMALL) == 3
+        check_results(case, x, run_kernels(x, SMALL), dtype)
+        print("ok", dtype, case)
+    case = value_case(40, K=4, V=8)
+    check(case, make_inputs(case, one), one, dict(config=SMALL))
+    print("ok", case)
+    absent()
+    chained()
+
+
+def absent() -> None:
+    """No initial state and no gradient of the final one: as if they were zero."""
+    x = make_inputs(Case("linear_attention", STEPS, B=1, H=1, K=8, V=8), torch.float32)
+    got = run_kernels(replace(x, h0=None, dht=None), SMALL)
+    want = run_kernels(replace(x, h0=torch.zeros_like(x.h0), dht=torch.zeros_like(x.h0)), SMALL)
+    assert all(torch.equal(y, want[name]) for name, y in got.items())
+    print("ok absent")
+
+
+def chained() -> None:
+    """A factor beyond float32 leaves a state of zero alone, and takes a small one to what it is."""
+    u = torch.tensor([0.0, 1e-30, 0.0]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 1, 2).contiguous()
+    gt = torch.tensor([500.0, 500.0, 100.0]).view(1, 3, 1)
+    st = torch.empty(1, 1, 1, 2)
+    decay_segments.chain_segments(u, gt, None, st, 1, reverse=False, s_in=1.0, s_st=1.0)
+    assert u.flatten().tolist() == [0.0, 0.0, 0.0, 0.0, *u[0, 2].flatten().tolist()]
+    want = 1e-30 * torch.tensor(100.0, dtype=torch.float64).exp()
+    assert ((st.double() - want).abs() < 1e-5 * want).all()
+    print("ok chained")
+
+
+def test_interpreted():
+    assert interpreted(__file__) == 8
+
+
+def test_rule():
+    """As many segments as fill the device, of four chunks at least; none where there are programs enough."""
+
+    def segments(B, T, H, D, dtype=torch.bfloat16):
+        q = torch.empty(B, T, H, D, dtype=dtype, device="meta")
+        return decay_triton_common.plan_launch(q, q, "scalar", None).segments
+
+    assert segments(1, 65_536, 4, 256) > 4
+    assert segments(1, 65_536, 1, 256) > segments(1, 65_536, 4, 256)
+    assert segments(1, 255, 4, 256) == 1
+    assert segments(8, 2048, 32, 256) == 1
+    assert segments(1, 2048, 4, 64, torch.float32) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "K", "V"), [(torch.bfloat16, 256, 256), (torch.float32, 40, 72)], ids=str)
+def test_gpu(family, dtype, K, V):
+    """The table's split launch, and what the tables choose, with a last chunk and a last segment that are not whole."""
+    case = Case(family, 1100, "weak", B=1, H=2, K=K, V=V)
+    x = on_gpu(make_inputs(case, dtype))
+    truth = naive_results(case, x, torch.float64)
+    eager = (naive_results if dtype == torch.float32 else narrow_results)(case, x, dtype)
+    split = decay_triton_common.plan_launch(x.q, x.v, KIND[family], None).config
+    for config in (split, None):
+        assert segments_of(case, x, config) > 1
+        got, again = run_kernels(x, config), run_kernels(x, config)
+        for name in got:
+            assert torch.equal(got[name], again[name]), f"{case} {name} differs from run to run"
+        check_results(case, x, got, dtype, truth, eager)
+
+
+if __name__ == "__main__":
+    interpret()
