@@ -104,10 +104,12 @@ TABLE: dict[Row, tuple[Config, ...]] = {
 # two bytes; the columns are those of `TABLE`.
 LARGEST_BOTH = 128
 BOTH: dict[tuple[int, int], Config] = {
-    (80, 64): Config(32, 64, 32, 4, 1, 0),
-    (80, 128): Config(32, 128, 32, 8, 1, 0),
-    (90, 64): Config(32, 64, 32, 4, 1, 0),
-    (90, 128): Config(32, 128, 32, 8, 1, 0),
+    (80, 64): Config(32, 64, 32, 4, 1, 20480),
+    (80, 128): Config(32, 128, 32, 8, 1, 36864, 8),
+    (90, 64): Config(32, 64, 64, 8, 2, 65536),
+    (90, 128): Config(32, 128, 64, 8, 3, 147456),
+    (100, 64): Config(32, 64, 64, 8, 2, 69632),
+    (100, 128): Config(16, 128, 64, 8, 2, 56832),
 }
 
 

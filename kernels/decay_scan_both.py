@@ -82,7 +82,7 @@ def chunk_scan_both_kernel(
     """One program for each sequence, head and block of columns; BX covers X. p_a and p_b are the logarithms.
 
     The initial state, [X, W] or [W, X] if TRANSPOSED, is read times s_in, y is written times s_y, the final state times
-    s_st; each may be absent, but for y as KEYS. As QUERIES or KEYS the pass has its queries or keys in p_e; QUERIES
+    s_st; each may be absent. As QUERIES or KEYS the pass has its queries or keys in p_e; QUERIES
     writes p_dg [B, T, H, W] and the state before each chunk, p_h, and KEYS, over the same programs, completes p_dg.
     """
     if PART == KEYS:
