@@ -9,8 +9,8 @@ o_t = scale * S_t^T q_t, S_t = diag(a_t) S_{t-1} diag(b_t) + k_t v_t^T are such 
     o  = scale * forward(q, k, v)        dq = scale * forward'(do, v, k)
     dk = scale * reverse'(v, do, q)      dv = scale * reverse(k, q, do)
 
-As in `decay_scan_gates`, with e_i and f_i what a and b sum up to from the middle of the chunk to row i, and m and n half
-of their sums over the chunk,
+As in `decay_scan_gates`, with e_i and f_i the sums of log a and log b from the middle of the chunk to row i, and m and
+n half of those over the chunk,
 
     x~_i = x_i e^{e_i}    z~_j = z_j e^{-e_j}    w~_j = w_j e^{-f_j}    S' = e^m (e^m S e^n + sum_j z~_j w~_j^T) e^n
     y_i  = e^{f_i} ((x~_i^T e^m S) e^n + sum_{j < i} (x~_i . z~_j) w~_j) + (x_i . z_i) w_i

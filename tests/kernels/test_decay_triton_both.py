@@ -58,17 +58,15 @@ def check(case, x, dtype, **how):
 
 def interpret() -> None:
     """Small shapes with several blocks of columns and of time, by products, by steps and by both."""
-    sizes = both_case(37, K=20, V=24)
-    for case, dtype, limit in (
-        (sizes, torch.float32, None),
-        (sizes, torch.float32, -1.0),
-        (both_case(1, V=5), torch.float32, None),
-        (both_case(32, "growing", "resets"), torch.float32, None),
-        (both_case(33, "very_strong", "very_strong"), torch.float32, None),
-        (both_case(37, "weak", K=20, V=24), torch.float16, None),
-        (both_case(32, "hard_resets", "mixed"), torch.float16, None),
+    for case, dtype in (
+        (both_case(37, K=20, V=24), torch.float32),
+        (both_case(1, V=5), torch.float32),
+        (both_case(32, "growing", "resets", V=20), torch.float32),
+        (both_case(17, "very_strong", "very_strong"), torch.float32),
+        (both_case(32, "weak"), torch.float16),
+        (both_case(20, "hard_resets", "mixed", K=20), torch.float16),
     ):
-        check(case, make_inputs(case, dtype), dtype, config=TILE, limit=limit)
+        check(case, make_inputs(case, dtype), dtype, config=TILE)
         print("ok", case)
     some_programs()
     views()
@@ -77,7 +75,7 @@ def interpret() -> None:
 
 def some_programs() -> None:
     """A head whose values, and one whose keys decay too much for products, beside one of neither."""
-    case = both_case(20, "weak", H=3)
+    case = both_case(17, "weak", H=3)
     x = make_inputs(case, torch.float32)
     x.g[:, :, 1, 2] = x.gv[:, :, 2, 5] = -30.0
     check(case, x, torch.float32, config=TILE)
@@ -86,11 +84,11 @@ def some_programs() -> None:
 
 def views() -> None:
     """Views as operands; no initial state and no gradient of the final one; no scale at all."""
-    case = both_case(17, "weak", B=2, K=4, V=4)
+    case = both_case(17, "weak", K=4, V=4)
     x = make_inputs(case, torch.float32)
     zero = torch.zeros_like(x.h0)
     want = run_kernels(Inputs(x.q, x.k, x.v, x.g, zero, x.do, zero, x.gv), config=TILE)
-    q, g = (y.transpose(0, 1).contiguous().transpose(0, 1) for y in (x.q, x.g))
+    q, g = (y.mT.contiguous().mT for y in (x.q, x.g))
     v, gv = (torch.stack([y, y], -1)[..., 0] for y in (x.v, x.gv))
     found = decay_triton_both.chunk_forward(q, x.k, v, g, gv, None, SCALE, config=TILE)
     found += decay_triton_both.chunk_backward(q, x.k, v, g, gv, None, SCALE, x.do, None, config=TILE)
@@ -119,7 +117,7 @@ def operator() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 10
+    assert interpreted(__file__) == 9
 
 
 @pytest.mark.parametrize(
