@@ -23,6 +23,7 @@ from fla_compile.kernels.decay_configs import BOTH, Config  # noqa: E402
 from fla_compile.kernels.decay_scan_both import chunk_scan_both_kernel, step_scan_both_kernel  # noqa: E402
 
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "dgv", "dh0")
+SUMS = -1  # beside the parts of a pass: what segments add to the state
 TILE = Config(16, 32, 16, 4, 1, 0)
 
 
@@ -58,15 +59,15 @@ def check(case, x, dtype, **how):
 
 def interpret() -> None:
     """Small shapes with several blocks of columns and of time, by products, by steps and by both."""
-    for case, dtype in (
-        (both_case(37, K=20, V=24), torch.float32),
-        (both_case(1, V=5), torch.float32),
-        (both_case(32, "growing", "resets", V=20), torch.float32),
-        (both_case(17, "very_strong", "very_strong"), torch.float32),
-        (both_case(32, "weak"), torch.float16),
-        (both_case(20, "hard_resets", "mixed", K=20), torch.float16),
+    for case, dtype, segments in (
+        (both_case(33, B=2), torch.float32, 2),
+        (both_case(1, V=5), torch.float32, 1),
+        (both_case(24, "growing", "resets", K=20), torch.float32, 2),
+        (both_case(17, "very_strong", "very_strong"), torch.float32, 1),
+        (both_case(24, "weak", V=20), torch.float16, 1),
+        (both_case(17, "hard_resets", "mixed"), torch.float16, 1),
     ):
-        check(case, make_inputs(case, dtype), dtype, config=TILE)
+        check(case, make_inputs(case, dtype), dtype, config=TILE, segments=segments)
         print("ok", case)
     some_programs()
     views()
@@ -141,18 +142,30 @@ def test_refuses():
             decay_triton_both.chunk_forward(x, x, x, g, gv, None, 1.0)
 
 
+def test_segments():
+    """Time is cut where programs are too few to fill the device, into whole chunks, the last segment apart."""
+    few = torch.empty(1, 10_000, 2, 128, dtype=torch.bfloat16, device="meta")
+    plan = decay_triton_both._plan(few, few, few, few, few, None, None, None)
+    assert plan.segments > 16 and plan.length % plan.config.chunk == 0
+    assert (plan.segments - 1) * plan.length < 10_000 <= plan.segments * plan.length
+    for B, H in ((8, 32), (0, 2)):
+        many = torch.empty(B, 10_000, H, 128, dtype=torch.bfloat16, device="meta")
+        assert decay_triton_both._plan(many, many, many, many, many, None, None, None).length >= 10_000 * bool(B)
+
+
 def compile_pass(kernel, arch, size, part, even):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     config = BOTH[arch, size]
     constants = dict(
-        H=32, X=size, W=size, C=config.chunk, BX=size, BW=config.block_v, REVERSE=part == 2, PART=part,
+        H=32, X=size, W=size, C=config.chunk, BX=size, BW=config.block_v, REVERSE=part == 2, PART=max(part, 0),
         TRANSPOSED=part > 0, EVEN=even,
     )  # fmt: skip
-    absent = {0: ("p_e", "p_h", "p_dg"), 1: ("p_st",), 2: ()}[part]
-    constants |= dict.fromkeys(absent)
-    wide = {*WIDE, "p_a", "p_b"}
+    absent = {SUMS: ("p_x", "p_y", "p_s0"), 0: (), 1: ("p_st",), 2: ()}[part]
+    constants |= dict.fromkeys((*absent, *(("p_e", "p_h", "p_dg") if part < 1 else ())))
+    constants |= dict.fromkeys(("p_ta", "p_tb") if part != SUMS else ())
+    wide = {*WIDE, "p_a", "p_b", "p_ta", "p_tb"}
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -161,7 +174,7 @@ def compile_pass(kernel, arch, size, part, even):
             signature[name] = "*fp32" if name in wide else POINTERS[2]
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if name == "T" else "fp32"
+            signature[name] = "i32" if name in ("T", "L", "n_s") else "fp32"
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if kernel is step_scan_both_kernel:
         options = decay_triton_both.STEP_OPTIONS
@@ -172,8 +185,8 @@ def compile_pass(kernel, arch, size, part, even):
 
 def ahead_of_time():
     for arch, size in BOTH:
-        for part in range(3):
-            quick = (arch, size, part) in ((90, 128, 1), (90, 128, 2))
+        for part in range(SUMS, 3):
+            quick = (arch, size, part) == (90, 128, 2)
             yield pytest.param(arch, size, part, marks=[] if quick else pytest.mark.slow)
 
 
@@ -210,7 +223,8 @@ def test_gpu(dtype):
     for case in GPU[dtype]:
         x = on_gpu(make_inputs(case, dtype))
         for limit in (None, -1.0) if case.T == 192 else (None,):
-            check(case, x, dtype, limit=limit)
+            for segments in (1, 3) if case.T > 16 else (1,):
+                check(case, x, dtype, limit=limit, segments=segments)
 
 
 def loop(q, k, v, g, gv):
