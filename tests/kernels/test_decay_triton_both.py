@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
-from decay_ahead import POINTERS, WIDE  # noqa: E402
+from decay_ahead import POINTERS, STACK, WIDE  # noqa: E402
 from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results, results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
@@ -75,10 +75,10 @@ def interpret() -> None:
 
 
 def some_programs() -> None:
-    """A head whose values, and one whose keys decay too much for products, beside one of neither."""
-    case = both_case(17, "weak", H=3)
+    """A head with a value that decays too much for products, beside one without."""
+    case = both_case(17, "weak", H=2)
     x = make_inputs(case, torch.float32)
-    x.g[:, :, 1, 2] = x.gv[:, :, 2, 5] = -30.0
+    x.gv[:, :, 1, 5] = -30.0
     check(case, x, torch.float32, config=TILE)
     print("ok some")
 
@@ -198,7 +198,7 @@ def test_compiles(arch, size, part):
         for even in (True, False):
             compiled = compile_pass(kernel, arch, size, part, even)
             assert compiled.metadata.shared <= config.shared, f"{kernel.fn.__name__}: {compiled.metadata.shared} bytes"
-            stack, allowed = stack_bytes(compiled), 0 if kernel is step_scan_both_kernel else config.stack
+            stack, allowed = stack_bytes(compiled), STACK[4] if kernel is step_scan_both_kernel else config.stack
             assert stack <= allowed, f"{kernel.fn.__name__}: {stack} bytes of stack"
 
 
