@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
-from fla_compile.kernels.decay_configs import step_checked
+from fla_compile.kernels.decay_configs import LARGEST_BOTH, step_checked
 from fla_compile.kernels.operators import DEVICES
 
 # The axes of g.
@@ -55,7 +55,9 @@ def kernel_name(family: str, device_type: str, dtype: torch.dtype | None = None,
     """What runs a family that `supports` accepts, for reports; float64 is none of Triton's types."""
     if family == "gla_values":
         K, V = V, K
-    fits = K <= LARGEST_KEYS and V <= LARGEST_VALUES and family != "gla_both" and dtype != torch.float64
+    fits = K <= LARGEST_KEYS and V <= LARGEST_VALUES and dtype != torch.float64
+    if family == "gla_both":
+        fits = max(K, V) <= LARGEST_BOTH and dtype in (torch.float16, torch.bfloat16)
     return "chunk (Triton)" if fits and device_type == "cuda" else "chunk (matrix products)"
 
 
@@ -77,14 +79,22 @@ def packed_kernels_for(q: Tensor, v: Tensor) -> ModuleType | None:
     return decay_triton_packed
 
 
-def value_kernels_for(q: Tensor, v: Tensor, g: Tensor | None) -> ModuleType | None:
-    """Where `chunk_forward` and `chunk_backward` of a decay over values are, beside g; None: in `decay_cpu`."""
-    family = "gla_values" if g is None else "gla_both"
-    if kernel_name(family, q.device.type, q.dtype, q.shape[-1], v.shape[-1]) != "chunk (Triton)":
+def value_kernels_for(q: Tensor, v: Tensor) -> ModuleType | None:
+    """Where `chunk_forward` and `chunk_backward` of a decay over values alone are; None: in `decay_cpu`."""
+    if kernel_name("gla_values", q.device.type, q.dtype, q.shape[-1], v.shape[-1]) != "chunk (Triton)":
         return None
     from fla_compile.kernels import decay_triton_values  # triton may be absent
 
     return decay_triton_values
+
+
+def both_kernels_for(q: Tensor, v: Tensor) -> ModuleType | None:
+    """Where `chunk_forward` and `chunk_backward` of decays over keys and values are; None: in `decay_cpu`."""
+    if kernel_name("gla_both", q.device.type, q.dtype, q.shape[-1], v.shape[-1]) != "chunk (Triton)":
+        return None
+    from fla_compile.kernels import decay_triton_both  # triton may be absent
+
+    return decay_triton_both
 
 
 def has_step_kernel(device: torch.device, dtype: torch.dtype, K: int, V: int) -> bool:

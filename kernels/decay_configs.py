@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 __all__ = [
     "ARCHS",
+    "BOTH",
     "CLASSES",
     "KINDS",
+    "LARGEST_BOTH",
     "MANY_STATES",
     "STEPS",
     "STEPS_CHECKED",
@@ -27,6 +29,7 @@ __all__ = [
     "Config",
     "StepConfig",
     "all_configs",
+    "both_config",
     "configs_for",
     "step_checked",
     "step_config",
@@ -100,6 +103,19 @@ TABLE: dict[Row, tuple[Config, ...]] = {
 }
 
 
+# A decay over keys and one over values: the tile of all passes by architecture and the larger of K and V. Operands have
+# two bytes; the columns are those of `TABLE`.
+LARGEST_BOTH = 128
+BOTH: dict[tuple[int, int], Config] = {
+    (80, 64): Config(32, 64, 32, 4, 1, 20480),
+    (80, 128): Config(32, 128, 32, 8, 1, 36864, 32),
+    (90, 64): Config(32, 64, 64, 8, 2, 65536),
+    (90, 128): Config(32, 128, 64, 8, 3, 147456, 8),
+    (100, 64): Config(32, 64, 64, 8, 2, 69632),
+    (100, 128): Config(16, 128, 64, 8, 2, 56832),
+}
+
+
 @dataclass(frozen=True)
 class StepConfig:
     """The step kernel holds all keys of a state and `block_v` of its values; it needs next to no shared memory."""
@@ -135,6 +151,11 @@ STEPS_CHECKED: tuple[int, ...] = (90,)
 def _row_arch(arch: int) -> int:
     """The architecture of the table whose rows are read: the nearest at or below."""
     return max((a for a in ARCHS if a <= arch), default=ARCHS[0])
+
+
+def both_config(arch: int, size: int) -> Config:
+    """The tile for a decay over keys and one over values, of up to LARGEST_BOTH each."""
+    return BOTH[_row_arch(arch), next(c for c in CLASSES if size <= c)]
 
 
 def step_config(arch: int, keys: int, states: int = 1) -> StepConfig:

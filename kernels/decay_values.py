@@ -3,8 +3,9 @@
     S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T        o_t = scale * S_t^T q_t
 
 q, k [B, T, H, K]; v [B, T, H, V]; g None or [B, T, H, K]; gv [B, T, H, V]; the state [B, H, K, V]. CPU runs the chunks
-of `decay_cpu` in matrix products, CUDA too for both decays and for K above 512 or V above 256; for a decay over values
-alone CUDA runs `decay_triton_values`, and forward over few steps `decay_step_triton` where that is checked.
+of `decay_cpu` in matrix products. For a decay over values alone CUDA runs `decay_triton_values`, up to K = 512 and
+V = 256; for both decays `decay_triton_both`, in two bytes and up to 128 of either; forward over few steps
+`decay_step_triton` where that is checked; and matrix products for the rest.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
-from fla_compile.kernels.decay_checks import state_dtype, steps_for, value_kernels_for
+from fla_compile.kernels.decay_checks import both_kernels_for, state_dtype, steps_for, value_kernels_for
 from fla_compile.kernels.operators import operator, register_autograd, register_fake
 from fla_compile.kernels.packed import register_packed
 
@@ -25,10 +26,11 @@ def gla_values(
     steps = steps_for(q, v)
     if steps is not None:
         return steps.step_forward(q, k, v, g, initial_state, scale, gv=gv)
-    kernels = value_kernels_for(q, v, g)
-    if kernels is not None:
-        return kernels.chunk_forward(q, k, v, gv, initial_state, scale)
-    return decay_cpu.chunk_forward(q, k, v, g, initial_state, scale, gv=gv)
+    kernels = value_kernels_for(q, v) if g is None else both_kernels_for(q, v)
+    if kernels is None:
+        return decay_cpu.chunk_forward(q, k, v, g, initial_state, scale, gv=gv)
+    gates = (gv,) if g is None else (g, gv)
+    return kernels.chunk_forward(q, k, v, *gates, initial_state, scale)
 
 
 @register_fake(gla_values)
@@ -52,12 +54,14 @@ def gla_values_backward(
     do: Tensor,
     dht: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernels = value_kernels_for(q, v, g)
+    kernels = value_kernels_for(q, v) if g is None else both_kernels_for(q, v)
     dg: Tensor | None = None
-    if kernels is not None:
+    if kernels is None:
+        dq, dk, dv, dg, dgv, dh0 = decay_cpu.chunk_gradients(q, k, v, g, gv, initial_state, scale, do, dht)
+    elif g is None:
         dq, dk, dv, dgv, dh0 = kernels.chunk_backward(q, k, v, gv, initial_state, scale, do, dht)
     else:
-        dq, dk, dv, dg, dgv, dh0 = decay_cpu.chunk_gradients(q, k, v, g, gv, initial_state, scale, do, dht)
+        dq, dk, dv, dg, dgv, dh0 = kernels.chunk_backward(q, k, v, g, gv, initial_state, scale, do, dht)
     assert dgv is not None
     dg, dh0 = (
         q.new_empty(0) if x is None or of is None else x.to(of.dtype) for x, of in ((dg, g), (dh0, initial_state))

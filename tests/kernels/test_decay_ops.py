@@ -201,6 +201,9 @@ def test_supports(arguments, reason):
         (("gla_values", "cuda", torch.float32, 64, 257), "chunk (matrix products)"),
         (("gla_values", "cuda", torch.float64), "chunk (matrix products)"),
         (("gla_both", "cuda"), "chunk (matrix products)"),
+        (("gla_both", "cuda", torch.float32), "chunk (matrix products)"),
+        (("gla_both", "cuda", torch.bfloat16, 128, 128), "chunk (Triton)"),
+        (("gla_both", "cuda", torch.bfloat16, 128, 129), "chunk (matrix products)"),
     ],
 )
 def test_kernel_name(arguments, name):

@@ -1,0 +1,219 @@
+"""Launches of the decayed outer product under a decay over keys and one over values: passes of `decay_scan_both`.
+
+    S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T        o_t = scale * S_t^T q_t
+
+Shapes: q, k, g [B, T, H, K]; v, o, gv [B, T, H, V]; S [B, H, K, V].
+
+The output is one pass. The gradients are two pairs of passes, forward and in reverse: o (not written) and dv leave dgv,
+dq and dk leave dg. The first of a pair keeps the state before each chunk, rounded as the operands are, for the second;
+both pairs use the same memory. Every pass has a second launch for those of its programs whose decays are too strong.
+Where there are fewer programs than multiprocessors, time is cut into segments as in `decay_fused`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fla_compile.kernels import decay_cpu
+from fla_compile.kernels.decay_configs import LARGEST_BOTH, Config, both_config
+from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES
+from fla_compile.kernels.decay_scan_both import chain_both_kernel, chunk_scan_both_kernel, step_scan_both_kernel
+from fla_compile.kernels.decay_segments import segment_count
+from fla_compile.kernels.decay_triton_common import check_shapes, device_arch, multiprocessors
+from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
+
+__all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range"]
+
+# So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
+FEW_STEPS = 16
+STEP_OPTIONS = {"num_warps": 8, "num_stages": 1}
+
+
+def largest_range(dtype: torch.dtype) -> float:
+    """The limit of sum_i |g_i| of a chunk, in base 2 and on either axis.
+
+    Factors of one axis reach 2^(limit / 2), where float16 ends at 2^16, and products of both 2^limit in float32.
+    """
+    return 12.0 if dtype == torch.float16 else 100.0
+
+
+_launches: dict[tuple[Any, ...], Launch] = {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launches of one call share; segments but the last are whole chunks, `length` steps."""
+
+    config: Config
+    limit: float
+    segments: int
+    length: int
+
+
+@compiled_together
+def _forward(plan: Plan, operands: tuple[Tensor, ...], h0: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v, g, gv = operands
+    B, _, H, K = q.shape
+    o, ht = torch.empty_like(v), torch.empty(B, H, K, v.shape[-1], dtype=torch.float32, device=q.device)
+    if B * H > 0:
+        final: Tensor | None = ht
+        if plan.segments > 1:
+            h0, final = _chain(plan, (k, v, g, gv), h0, ht, (1.0, 1.0), reverse=False), None
+        tensors = (*operands, None, h0, o, final, None, None, _ranges(plan, q, v), None, None)
+        _launch(plan, tensors, (1.0, scale, 1.0), PLAIN.value, reverse=False)
+    return o, ht
+
+
+@compiled_together
+def _backward(
+    plan: Plan, operands: tuple[Tensor, ...], h0: Tensor | None, scale: float, dht: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    q, k, v, g, gv, do = operands
+    B, _, H, K = q.shape
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dg, dgv = (torch.empty_like(x, dtype=torch.float32) for x in (g, gv))
+    dh0 = None if h0 is None else torch.empty_like(h0, dtype=torch.float32)
+    final, down = dh0, 1.0 / scale
+    if plan.segments > 1:
+        h0 = _chain(plan, (k, v, g, gv), h0, None, (1.0, 1.0), reverse=False)
+        dht = _chain(plan, (q, do, g, gv), dht, dh0, (down, scale), reverse=True)
+        final, down = None, 1.0
+    chunks = plan.segments * triton.cdiv(plan.length, plan.config.chunk)
+    h = torch.empty(B * chunks, H, K, v.shape[-1], dtype=q.dtype, device=q.device)
+    pairs = (
+        ((q, k, v, g, gv, do), None, (k, q, do, g, gv, v), dv, final, dgv),
+        ((do, v, k, gv, g, q), dq, (v, do, q, gv, g, k), dk, None, dg),
+    )
+    for i, (ahead, y, back, dy, st, grad) in enumerate(pairs):
+        rest = (None, None, _ranges(plan, ahead[0], ahead[2]), h, grad)
+        _launch(plan, (*ahead, h0, y, None, *rest), (1.0, scale, 1.0), QUERIES.value, reverse=False, turned=i == 1)
+        _launch(plan, (*back, dht, dy, st, *rest), (down, scale, scale), KEYS.value, reverse=True, turned=i == 1)
+    return dq, dk, dv, dg, dgv, dh0
+
+
+def _chain(
+    plan: Plan, operands: tuple[Tensor, ...], s0: Tensor | None, st: Tensor | None, scales: tuple[float, float], *,
+    reverse: bool,
+) -> Tensor:  # fmt: skip
+    """The states before each segment [B, segments, H, K, V] from s0, read times scales[0]; the last, times scales[1],
+    to st."""
+    k, v, _, _ = operands
+    (B, _, H, K), V = k.shape, v.shape[-1]
+    u, ta, tb = (
+        torch.empty(B, plan.segments, H, *sizes, dtype=torch.float32, device=k.device) for sizes in ((K, V), (K,), (V,))
+    )
+    tensors = (None, *operands, None, None, None, u, ta, tb, _ranges(plan, k, v), None, None)
+    _launch(plan, tensors, (1.0, 1.0, 1.0), PLAIN.value, reverse=reverse)
+    key = ("chain", plan, reverse, layout(u), layout(s0), layout(st))
+    launch = _launches.get(key)
+    if launch is None:
+        block = min(1024, triton.next_power_of_2(K * V))
+        numbers = H, plan.segments, K, V, block, reverse
+        launch = Launch(chain_both_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
+        remember(_launches, key, launch)
+    launch(u, ta, tb, s0, st, *map(float, scales))
+    return u
+
+
+def _launch(
+    plan: Plan, tensors: tuple[Tensor | None, ...], scales: tuple[float, float, float], part: int, *, reverse: bool,
+    turned: bool = False,
+) -> None:  # fmt: skip
+    """One pass over time, `turned` over a state [V, K]; `tensors` as the kernels take them."""
+    config, layouts = plan.config, tuple(map(layout, tensors))
+    for kernel in (step_scan_both_kernel,) if plan.limit < 0 else (chunk_scan_both_kernel, step_scan_both_kernel):
+        key = (kernel.fn, plan, part, reverse, turned, layouts)
+        launch = _launches.get(key)
+        if launch is None:
+            _, z, w, *_ = tensors
+            assert z is not None and w is not None
+            _, T, H, X = z.shape
+            numbers = (
+                T, plan.length, plan.segments, H, X, w.shape[-1], config.chunk, config.block_k, config.block_v, reverse,
+                part, turned, T % config.chunk == 0,
+            )  # fmt: skip
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            if kernel is step_scan_both_kernel:
+                options = STEP_OPTIONS
+            launch = Launch(kernel, z.device, (_programs(plan, z, w),), numbers, **options)
+            remember(_launches, key, launch)
+        launch(*tensors, *map(float, scales), float(plan.limit))
+
+
+def _programs(plan: Plan, z: Tensor, w: Tensor) -> int:
+    return z.shape[0] * plan.segments * z.shape[2] * triton.cdiv(w.shape[-1], plan.config.block_v)
+
+
+def _ranges(plan: Plan, z: Tensor, w: Tensor) -> Tensor | None:
+    """Where a pass over z and w leaves the largest range each program met."""
+    if plan.limit < 0:
+        return None
+    return torch.empty(_programs(plan, z, w), dtype=torch.float32, device=z.device)
+
+
+def chunk_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor, initial_state: Tensor | None, scale: float, *,
+    config: Config | None = None, limit: float | None = None, segments: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32.
+
+    `config`, `limit` and `segments` stand in place of the table's tile, of `largest_range` (below zero all is done step
+    by step) and of as many segments as fill the device.
+    Raises ValueError for dtypes, sizes or shapes that do not fit.
+    """
+    plan = _plan(q, k, v, g, gv, config, limit, segments)
+    operands = tuple(x.contiguous() for x in (q, k, v, g, gv))
+    with torch.cuda.device_of(q):
+        return _forward(plan, operands, _contiguous(initial_state), scale)
+
+
+def chunk_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor, initial_state: Tensor | None, scale: float, do: Tensor,
+    dht: Tensor | None, *, config: Config | None = None, limit: float | None = None, segments: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients (dq, dk, dv, dg, dgv, dh0); the last three in float32, dh0 None without an initial state.
+
+    The choices are those of `chunk_forward`. Raises ValueError for dtypes, sizes or shapes that do not fit.
+    """
+    plan = _plan(q, k, v, g, gv, config, limit, segments)
+    if scale == 0 or q.shape[0] * q.shape[2] == 0:  # the reverse passes divide by the scale
+        return decay_cpu.chunk_gradients(q, k, v, g, gv, initial_state, scale, do, dht)
+    operands = tuple(x.contiguous() for x in (q, k, v, g, gv, do.to(q.dtype)))
+    with torch.cuda.device_of(q):
+        return _backward(plan, operands, _contiguous(initial_state), scale, _contiguous(dht))
+
+
+def _plan(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor, config: Config | None, limit: float | None,
+    segments: int | None,
+) -> Plan:  # fmt: skip
+    kind, size = check_shapes(q, k, v, g), max(q.shape[-1], v.shape[-1])
+    if kind != "vector" or gv.shape != v.shape:
+        raise ValueError(f"q, v, g, gv have shapes {', '.join(str(tuple(x.shape)) for x in (q, v, g, gv))}")
+    if size > LARGEST_BOTH:
+        raise ValueError(f"K and V must be at most {LARGEST_BOTH}, got {q.shape[-1]} and {v.shape[-1]}")
+    return _plan_sizes(*q.shape, v.shape[-1], q.dtype, q.device, config, limit, segments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_sizes(
+    B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, config: Config | None,
+    limit: float | None, segments: int | None,
+) -> Plan:  # fmt: skip
+    config = config or both_config(device_arch(device), max(K, V))
+    if limit is None:
+        limit = largest_range(dtype) if T > FEW_STEPS else -1.0
+    if segments is None:  # a program has a multiprocessor to itself
+        programs = max(1, B * H) * triton.cdiv(min(K, V), config.block_v)
+        room = multiprocessors(device)
+        segments = segment_count(T, steps=T, programs=programs, chunk=config.chunk, room=room, resident=1)
+    length = triton.cdiv(triton.cdiv(T, config.chunk), segments) * config.chunk
+    return Plan(config, limit, triton.cdiv(T, length), length)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
