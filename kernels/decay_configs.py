@@ -1,12 +1,12 @@
 """Launch configurations of the decayed outer product: one small table, no autotuning.
 
-A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Launches: `split`, in
-its place where there is one `outputs` for the forward alone, which has registers for longer chunks and so fewer states,
-and the two shapes of pass of the fused one, whose programs hold a state of all rows of the class and block_v columns:
-`wide` with K rows (the output and dv) and `tall` with V rows (dq and dk), which under one decay a head or row are
-`grads` where they leave that decay's gradient too. Under one a key `tall` is no pass, but makes dq, dk and the decay's
-gradient of block_v keys and all values of one chunk, between the states that `states` and dv's pass leave. Families:
-`row` (no decay, or one a head or row) and `key` (one a key). Head size classes bound the larger of K and V, or the rows of the state.
+A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Families: `row` (no
+decay, or one a head or row) and `key` (one a key). Launches: `split`, in its place where there is one `outputs` for the
+forward alone, which has registers for longer chunks and so fewer states, and the two shapes of pass of the fused one,
+whose programs hold a state of all rows of the class and block_v columns: `wide` with K rows (the output and dv) and
+`tall` with V rows (dq and dk), which are `grads` where they leave a decay's gradient too. In family `key` `tall` is no
+pass, but makes dq, dk and the decay's gradient of block_v keys and all values of one chunk, between the states that
+`states` and dv's pass leave. Head size classes bound the larger of K and V, or the rows of the state.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.

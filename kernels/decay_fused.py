@@ -231,8 +231,8 @@ def _launch_backward(
         packed=ahead,
     )  # fmt: skip
     _launch(
-        plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0), part=parts[1], e=k, sums=sums,
-        packed=back,
+        plan, v, do, q, g, dk, tall=True, reverse=True, s0=dht, scales=(down, scale, 1.0), part=parts[1], e=k,
+        sums=sums, packed=back,
     )  # fmt: skip
     if sums is not None and dg is not None:
         _launch_row_grads(plan, sums, dg, packing, ahead)

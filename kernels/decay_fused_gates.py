@@ -73,9 +73,10 @@ def launch_grads(
         packed, segments, chunks = packing.part(None), packing.segments, packing.chunks
     programs = chunks * plan.H * triton.cdiv(plan.K, config.block_v)
     operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), None if packed is None else packed.table
-    even = packed is None and plan.T % config.chunk == 0
+    flags = (packed is None and plan.T % config.chunk == 0,)
     tile = config.chunk, config.block_v, config.block_k
-    _launch(chunk_grads_kernel, plan, config, programs, operands, (scale, plan.limit), segments, tile, (even,), exact=True)
+    numbers = scale, plan.limit
+    _launch(chunk_grads_kernel, plan, config, programs, operands, numbers, segments, tile, flags, exact=True)
 
 
 def _parts(packed: Part | None) -> tuple[Tensor | None, Tensor | None]:

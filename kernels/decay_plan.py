@@ -24,8 +24,8 @@ FEW_STEPS = 16
 class Scans:
     """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
 
-    Under a gate a key `tall` has blocks of K and all of V for the gradients of one chunk, and `states` walks states with
-    K rows to the chunks of `tall`. Where outputs alone are planned, `tall` is `wide`.
+    Under a gate a key `tall` has blocks of K and all of V for the gradients of one chunk, and `states` walks states
+    with K rows to the chunks of `tall`. Where outputs alone are planned, `tall` is `wide`.
     """
 
     B: int

@@ -45,10 +45,30 @@ from fla_compile.kernels.decay_scan import (
     store_tile,
     tile_mask,
 )
-from fla_compile.kernels.decay_scan_gates import chunk_range, from_middle, halves, load_gates, load_row
+from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chain_both_kernel", "chunk_scan_both_kernel", "step_scan_both_kernel"]
+
+
+@triton.jit
+def add_both(a_0, a_1, b_0, b_1):
+    return a_0 + b_0, a_1 + b_1
+
+
+@triton.jit
+def chunk_range(b_g):
+    """Sums over the chunk of g and of |g|, in one reduction."""
+    return tl.reduce((b_g, tl.abs(b_g)), 0, add_both)
+
+
+@triton.jit
+def summed_from_middle(b_g, b_all, REVERSE: tl.constexpr):
+    """e, or -e in reverse; by sums, which take fewer registers than the products of `decay_scan_gates`."""
+    b_e = tl.cumsum(b_g, 0) - 0.5 * b_all[None, :]
+    if REVERSE:
+        b_e = -b_e
+    return b_e
 
 
 @triton.jit
@@ -137,9 +157,9 @@ def chunk_scan_both_kernel(
             b_wide = tl.maximum(b_wide, b_size)
         b_rows = tl.exp2(0.5 * b_all)
         b_columns = tl.exp2(0.5 * b_sum)
-        b_e = from_middle(b_e, b_all, REVERSE)
+        b_e = summed_from_middle(b_e, b_all, REVERSE)
         b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
-        b_f = from_middle(b_f, b_sum, REVERSE)
+        b_f = summed_from_middle(b_f, b_sum, REVERSE)
         b_w, b_wl = halves(b_w * tl.exp2(-b_f), dtype)
         b_s *= b_rows[:, None]
         if p_x is not None:
