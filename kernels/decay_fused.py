@@ -64,6 +64,7 @@ def _add_up(
 ) -> None:  # fmt: skip
     """What each segment adds to its state, to u, and its log decay, to gt."""
     if plan.kind == "vector":
+        assert g is not None
         launch_states(plan, z, w, g, reverse=reverse, st=u, gt=gt, packed=packed)
         return
     scales = 1.0, 1.0, 1.0
@@ -153,6 +154,7 @@ def scan_forward(
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
     scales = 1.0, scale, 1.0
     if plan.kind == "vector":
+        assert g is not None
         launch_rows(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, st=final, packed=packed)
     else:
         _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=scales, st=final, packed=packed)
