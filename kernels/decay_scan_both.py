@@ -27,8 +27,9 @@ diagonal, dk' the part of dk that goes through D, for each channel
 
     dg_t = sum over the other axis of e^L S D + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
 
-in which pairs of rows on one side of t cancel or are not met. Of the gate over values it is the same with do, o, v and
-dv in the places of q, dq, k and dk. The pass for dq (or o) writes q dq and S, the pass for dk (or dv) adds the others.
+in which pairs of rows before t are not met and those after it cancel; what is left of a pair that grew by e^x (g > 0)
+is 2^-24 e^x, in the gates' gradients alone. Of the gate over values it is the same with do, o, v and dv in the places
+of q, dq, k and dk. The pass for dq (or o) writes q dq and S, the pass for dk (or dv) adds the others.
 """
 
 import triton
