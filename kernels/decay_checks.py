@@ -108,7 +108,10 @@ def steps_for(q: Tensor, v: Tensor) -> ModuleType | None:
     return decay_step_triton
 
 
-def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> None:
+def check_operands(
+    family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, *, shared: bool = False
+) -> None:
+    """Raises ValueError naming the argument and both values; `shared` leaves heads to `decay_heads.check_heads`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got {x.ndim}")
@@ -117,11 +120,11 @@ def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: 
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}")
     for name, x, size in (("k", k, 4), ("v", v, 3)):
-        _check_shape(name, x, "BTHK"[:size], q, v)
+        _check_shape(name, x, "BTHK"[:size], q, v, shared)
     if initial_state is not None:
         if initial_state.ndim != 4:
             raise ValueError(f"initial_state must have 4 dimensions, got {initial_state.ndim}")
-        _check_shape("initial_state", initial_state, "BHKV", q, v)
+        _check_shape("initial_state", initial_state, "BHKV", q, v, shared)
         _check_float_on("initial_state", initial_state, q)
     for name, x in (("k", k), ("v", v)):
         _check_float_on(name, x, q)
@@ -132,16 +135,20 @@ def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: 
         raise ValueError(f"q, k, v: {reason}")
 
 
-def check_gate(name: str, x: Tensor, axes: Sequence[str] | None, q: Tensor, v: Tensor) -> None:
+def check_gate(
+    name: str, x: Tensor, axes: Sequence[str] | None, q: Tensor, v: Tensor, *, shared: bool = False
+) -> None:
     axes = axes or ()
     if x.ndim != len(axes):
         raise ValueError(f"{name} must have {len(axes)} dimensions, got {x.ndim}")
-    _check_shape(name, x, axes, q, v)
+    _check_shape(name, x, axes, q, v, shared)
     _check_float_on(name, x, q)
 
 
-def _check_shape(name: str, x: Tensor, axes: Sequence[str], q: Tensor, v: Tensor) -> None:
+def _check_shape(name: str, x: Tensor, axes: Sequence[str], q: Tensor, v: Tensor, shared: bool) -> None:
     for i, axis in enumerate(axes):
+        if shared and axis == "H":
+            continue
         of, expected = ("v", v.shape[3]) if axis == "V" else ("q", q.shape["BTHK".index(axis)])
         if x.shape[i] != expected:
             raise ValueError(f"{name} has {axis}={x.shape[i]}, {of} has {axis}={expected}")

@@ -6,6 +6,9 @@ Every pass keeps its state on chip and walks time once; one program holds a bloc
 too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the
 sums are chained to the state before each segment, and the segments then run side by side. Packed sequences are such
 segments too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
+
+H is the number of heads of the output; operands that neighbours share have fewer (`decay_heads`) and are read where
+they lie. Their gradients are written for all H, in the operands' dtype, and summed after.
 """
 
 import functools
@@ -17,6 +20,7 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import Config, configs_for
+from fla_compile.kernels.decay_heads import decay_heads, sum_heads, sum_decay_heads
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
@@ -81,15 +85,17 @@ class Scans:
         return max(self.wide.chunk, self.tall.chunk)
 
 
-def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
-               wide: Config | None = None, tall: Config | None = None,
+def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
+               segments: int | None = None, wide: Config | None = None, tall: Config | None = None,
                forward: bool = False, need_dg: bool = False) -> Scans | None:  # fmt: skip
-    """None where there is no configuration for these operands.
+    """None where there is no configuration for these operands; `heads` of the output, those of q if None.
 
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient.
     """
     launches = ("wide",) if forward else ("wide", "grads" if need_dg and kind in ("constant", "scalar") else "tall")
-    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, launches)
+    B, T, H, K = q.shape
+    sizes = B, T, heads or H, K, v.shape[-1]
+    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, wide, tall, launches)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -156,14 +162,15 @@ def _launch(
         launch = _launches.get(key)
         if launch is None:
             given = s0 is not None, y is not None, st is not None
-            launch = _launch_pass(plan, z, w, tall, reverse, part, exact, *given, packed)
+            shares = _shares(plan.H, x, z, w, g, e)
+            launch = _launch_pass(plan, z, w, tall, reverse, part, exact, *given, packed, shares)
             remember(_launches, key, launch)
         launch(*operands, *numbers)
 
 
 def _launch_pass(
     plan: Scans, z: Tensor, w: Tensor, tall: bool, reverse: bool, part: int, exact: bool, has_s0: bool, output: bool,
-    final: bool, packed: Part | None,
+    final: bool, packed: Part | None, shares: tuple[int, ...],
 ) -> Launch:  # fmt: skip
     config = plan.tall if tall else plan.wide
     # only the tiles of the table are known to compile to what they mean: smaller sizes are masked, not given others
@@ -179,7 +186,15 @@ def _launch_pass(
         kernel = chunk_scan_columns_kernel if tall else chunk_scan_rows_kernel
         flags = (reverse, part if tall else output, final, *common, exact)
         options = EXACT_OPTIONS if exact else options
-    return Launch(kernel, z.device, (_programs(plan, w, tall, packed),), (*sizes, *flags, plan.precision), **options)
+        shares = shares if tall else shares[:4]
+    numbers = (*sizes, *flags, plan.precision, *shares)
+    return Launch(kernel, z.device, (_programs(plan, w, tall, packed),), numbers, **options)
+
+
+def _shares(H: int, x: Tensor | None, z: Tensor, w: Tensor, g: Tensor | None, e: Tensor | None) -> tuple[int, ...]:
+    """How many of H neighbouring heads share one of each operand."""
+    given = (0 if x is None else x.shape[2], z.shape[2], w.shape[2], decay_heads(g), 0 if e is None else e.shape[2])
+    return tuple(H // (heads or H) for heads in given)
 
 
 def _programs(plan: Scans, w: Tensor, tall: bool, packed: Part | None = None) -> int:
@@ -281,7 +296,7 @@ def scan_forward(
     packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs [B, T, H, V] and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands contiguous."""
-    o = torch.empty_like(v)
+    o = torch.empty(plan.B, plan.T, plan.H, plan.V, dtype=v.dtype, device=v.device)
     states = plan.B if packing is None else packing.sequences
     ht = torch.empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
     final: Tensor | None = ht
@@ -320,7 +335,10 @@ def scan_backward(
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
     dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing)
-    return dq, dk, dv, dg if dg is None or plan.kind != "constant" else dg.sum((0, 1)), dh0
+    dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    if g is not None and dg is not None:
+        dg = sum_decay_heads(dg.sum((0, 1)) if plan.kind == "constant" else dg, g)
+    return dq, dk, dv, dg, dh0
 
 
 @compiled_together
@@ -328,9 +346,9 @@ def _launch_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
     dht: Tensor | None, need_dg: bool, o: Tensor | None, packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """As `scan_backward`, but dg of one decay a head has its steps still, [B, T, H]."""
+    """As `scan_backward`, but all have H heads, and dg of one decay a head has its steps still, [B, T, H]."""
     B, T, H, K = plan.B, plan.T, plan.H, plan.K
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (torch.empty(B, T, H, size, dtype=q.dtype, device=q.device) for size in (K, K, plan.V))
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     dh0 = None if h0 is None else torch.empty(h0.shape, **wide)
     down, final = 1.0 / scale, dh0

@@ -100,6 +100,7 @@ def chunk_scan_rows_kernel(
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
     """The gate is over X, the rows of the state; BX covers X. Arguments as for `chunk_scan_kernel`."""
     if EXACT:
@@ -138,7 +139,7 @@ def chunk_scan_rows_kernel(
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         if EXACT:
             if OUTPUT:  # first, while there are registers
-                b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
+                b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
                 b_a = tl.zeros((C, C), tl.float32)
                 b_e = tl.zeros((C, BX), tl.float32)
                 n_j = tl.minimum(t_e - t_0, C)
@@ -146,17 +147,17 @@ def chunk_scan_rows_kernel(
                     j = i_j
                     if not REVERSE:
                         j = n_j - 1 - i_j
-                    b_gj = as_decay(load_row(p_g + (i_row + j * H) * X, o_x, X)) * LOG2_E
-                    b_zj = load_row(p_z + (i_row + j * H) * X, o_x, X)
+                    b_gj = as_decay(load_row(p_g + (i_row + j * H) // RG * X, o_x, X)) * LOG2_E
+                    b_zj = load_row(p_z + (i_row + j * H) // RZ * X, o_x, X)
                     if REVERSE:
                         b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
                     b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
                     b_a = tl.where(m_a & (o_c == j)[None, :], b_aj[:, None], b_a)
                     if not REVERSE:
                         b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
-        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
-        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
-        b_g = load_gates(p_g + i_row * X, o_c * H, o_x, m_x, X)
+        b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
+        b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
+        b_g = load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X)
         if EXACT:
             b_e = tl.cumsum(b_g, 0)
             b_all = tl.sum(b_g, 0)
@@ -177,7 +178,7 @@ def chunk_scan_rows_kernel(
             b_s *= b_half[:, None]
             b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
             if OUTPUT:
-                b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
+                b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
                 b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
                 b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
                 b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
@@ -216,6 +217,7 @@ def chunk_scan_columns_kernel(
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, PART: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1, RE: tl.constexpr = 1,
 ):  # fmt: skip
     """The gate is over W, the columns of the state; BX covers X. Arguments as for `chunk_scan_kernel`; p_dg
     [B, T, H, W] is written by the pass for dq and completed by the pass for dk, which cuts into the same chunks and
@@ -259,10 +261,10 @@ def chunk_scan_columns_kernel(
             m_a = o_t[:, None] > o_t[None, :]
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
-        b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
-        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
-        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
-        b_g = load_gates(p_g + i_row * W, o_c * H, o_w, m_w, W)
+        b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
+        b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
+        b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
+        b_g = load_gates(p_g + i_row // RG * W, o_c * (H // RG), o_w, m_w, W)
         if EXACT:
             b_e = tl.cumsum(b_g, 0)
             b_all = tl.sum(b_g, 0)
@@ -282,7 +284,7 @@ def chunk_scan_columns_kernel(
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if PART == KEYS:
             b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)
-            b_k = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
+            b_k = load_tile(p_e + i_row // RE * W, o_c * (H // RE), o_w, m_w, W)
         if EXACT:
             b_rest = b_all[None, :] - b_e
             if REVERSE:
@@ -301,8 +303,8 @@ def chunk_scan_columns_kernel(
                 j = i_j
                 if not REVERSE:
                     j = n_j - 1 - i_j
-                b_gj = as_decay(load_row(p_g + (i_row + j * H) * W, o_w, W)) * LOG2_E
-                b_wj = load_row(p_w + (i_row + j * H) * W, o_w, W)
+                b_gj = as_decay(load_row(p_g + (i_row + j * H) // RG * W, o_w, W)) * LOG2_E
+                b_wj = load_row(p_w + (i_row + j * H) // RW * W, o_w, W)
                 b_aj = tl.sum(tl.where((o_c == j)[None, :], b_a, 0.0), 1)
                 if REVERSE:
                     b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
@@ -325,7 +327,7 @@ def chunk_scan_columns_kernel(
                 b_t -= tl.sum(b_k * b_out * b_y, 0)
             b_y = tl.dot(b_x, b_s.to(dtype), b_y, input_precision=PRECISION) * b_out
         if PART == QUERIES:
-            b_q = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
+            b_q = load_tile(p_e + i_row // RE * W, o_c * (H // RE), o_w, m_w, W)
             store_tile(p_dg + i_row * W, tl.cumsum(b_q * b_y, 0, reverse=True) * s_y, o_c * H, o_w, m_w, W)
         if PART == KEYS:
             b_kdk = tl.where(((o_c + 1 < C) & (o_t + 1 < t_e))[:, None], b_k * b_y, 0.0)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward
+from fla_compile.kernels.decay_heads import output_heads, spread, spread_decay, sum_heads, sum_decay_heads
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     NO_DECAY,
@@ -141,25 +142,28 @@ def chunk_backward(
     `config` and `scans` as for `chunk_forward`. Without `need_dg` dg may be None too. Raises ValueError for dtypes,
     sizes or shapes that do not fit.
     """
-    kind = check_shapes(q, k, v, g)
+    kind = check_shapes(q, k, v, g, shared=True)
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.to(q.dtype).contiguous()
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
-    B, _, H, K = q.shape
-    V = v.shape[-1]
+    B, _, _, K = q.shape
+    H, V = output_heads(q, k, v, g, h0), v.shape[-1]
     if B * H == 0:
         dg, dh0 = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, dh0
     with torch.cuda.device_of(q):
         if config is None and scans is None and scale != 0:  # the fused launch divides by it
-            scans = plan_scans(q, v, kind, need_dg=need_dg)
+            scans = plan_scans(q, v, kind, heads=H, need_dg=need_dg)
         if scans is not None:
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
         plan = plan_launch(q, v, kind, config)
         dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
-        dq, dk, dv, dg = _launch_all(plan, q, k, v, g, h0, scale, do, dht, dh0)
-        return dq, dk, dv, sum_shares(plan, dg), dh0
+        every = *(spread(x, 2, H) for x in (q, k, v)), spread_decay(g, H)
+        dq, dk, dv, dg = _launch_all(plan, *every, h0, scale, do, dht, dh0)
+        dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+        dg = sum_shares(plan, dg)
+        return dq, dk, dv, dg if dg is None or g is None else sum_decay_heads(dg, g), dh0
 
 
 @compiled_together

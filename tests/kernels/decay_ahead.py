@@ -17,6 +17,8 @@ from fla_compile.kernels.decay_configs import TABLE
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
 WIDE |= {"p_u", "p_sums", "p_carry"}
+# Heads that share operands: none.
+UNSHARED = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE"), 1)
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch.
@@ -71,7 +73,7 @@ def passes_of(row, kind, values=None, packed=False):
         part = (1 + reverse) * tall
         meta = dict(
             H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
-            REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse and not packed,
+            REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse and not packed, **UNSHARED,
         )  # fmt: skip
         if not packed:
             meta.update(p_table=None, p_u=None)
