@@ -16,7 +16,7 @@ def decay_heads(g: Tensor | None) -> int:
     """Heads of g, [H], [B, T, H] or [B, T, H, K]; 0 where there is none."""
     if g is None:
         return 0
-    return g.shape[0] if g.ndim == 1 else g.shape[2]
+    return g.shape[2] if g.ndim > 2 else g.shape[0]
 
 
 def state_heads(k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None) -> int:

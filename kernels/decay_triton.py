@@ -106,9 +106,10 @@ def chunk_forward(
     `config` asks for the split launch and `scans` for the fused one, in place of the tables' choice. Raises ValueError
     for dtypes, sizes or shapes that do not fit.
     """
-    kind = check_shapes(q, k, v, g, shared=True)
+    H = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=H)
     B, T, _, K = q.shape
-    H, V = output_heads(q, k, v, g, initial_state), v.shape[-1]
+    V = v.shape[-1]
     if B * H == 0:
         return v.new_empty(B, T, H, V), torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

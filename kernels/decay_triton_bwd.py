@@ -142,13 +142,14 @@ def chunk_backward(
     `config` and `scans` as for `chunk_forward`. Without `need_dg` dg may be None too. Raises ValueError for dtypes,
     sizes or shapes that do not fit.
     """
-    kind = check_shapes(q, k, v, g, shared=True)
+    H = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=H)
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.to(q.dtype).contiguous()
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
     B, _, _, K = q.shape
-    H, V = output_heads(q, k, v, g, h0), v.shape[-1]
+    V = v.shape[-1]
     if B * H == 0:
         dg, dh0 = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, dh0

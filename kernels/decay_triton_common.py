@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.decay_heads import check_heads, decay_heads
+from fla_compile.kernels.decay_heads import decay_heads
 from fla_compile.kernels.launch import Launch, remember
 
 NO_DECAY = tl.constexpr(0)
@@ -232,24 +232,24 @@ def pad_block(size: int, largest: int) -> int:
 
 
 def check_shapes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, *, shared: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, *, heads: int | None = None
 ) -> str:
     """The kind of decay that g is; raises ValueError for dtypes, sizes or shapes that do not fit.
 
-    `shared` allows heads that neighbours share (`decay_heads`).
+    Of so many `heads` neighbours may share operands (`decay_heads`); if None, none do.
     """
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}")
-        if x.shape[:2] != q.shape[:2] or (x.shape[2] != q.shape[2] and not shared):
+        if x.shape[:2] != q.shape[:2] or (x.shape[2] != q.shape[2] and heads is None):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k has shape {tuple(k.shape)}, q has {tuple(q.shape)}")
     B, T, H, K = q.shape
     V = v.shape[-1]
-    if shared and g is not None and g.dim() in (1, 3, 4):
+    if heads is not None and g is not None and g.dim() in (1, 3, 4):
         H = decay_heads(g)
     if not (1 <= K <= 256 and 1 <= V <= 512):
         raise ValueError(f"K must be between 1 and 256 and V between 1 and 512, got {K} and {V}")
@@ -259,8 +259,11 @@ def check_shapes(
     kind = dims.get(None if g is None else g.dim())
     if kind is None or shape != shapes[kind]:
         raise ValueError(f"g has shape {shape}; expected {(H,)}, {(B, T, H)} or {(B, T, H, K)}")
-    if shared:
-        check_heads(q, k, v, g, None)
+    if heads is not None:
+        own = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2], "g": heads if g is None else decay_heads(g)}
+        for name, shared in own.items():
+            if shared != heads and (shared == 0 or heads % shared):
+                raise ValueError(f"{name} has H={shared}, of H={heads} it must be a divisor")
     return kind
 
 

@@ -35,7 +35,8 @@ def packed_forward(
     `scans` and `longest`, the most steps of a segment, are asked for in place of the table's choice. Raises ValueError
     for dtypes, sizes or shapes that do not fit, and for sequences that are empty or do not end at T.
     """
-    kind, heads = check_shapes(q, k, v, g, shared=True), output_heads(q, k, v, g, initial_state)
+    heads = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=heads)
     if not _fits(q):
         return None
     with torch.cuda.device_of(q):
@@ -65,7 +66,8 @@ def packed_backward(
     """Gradients (dq, dk, dv, dg, dh0), dg and dh0 in float32; None where there is no fused launch, as for a scale
     of zero, which it divides by. Arguments and errors as for `packed_forward`.
     """
-    kind, heads = check_shapes(q, k, v, g, shared=True), output_heads(q, k, v, g, initial_state)
+    heads = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=heads)
     if not _fits(q) or scale == 0:
         return None
     with torch.cuda.device_of(q):
