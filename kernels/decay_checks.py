@@ -135,9 +135,7 @@ def check_operands(
         raise ValueError(f"q, k, v: {reason}")
 
 
-def check_gate(
-    name: str, x: Tensor, axes: Sequence[str] | None, q: Tensor, v: Tensor, *, shared: bool = False
-) -> None:
+def check_gate(name: str, x: Tensor, axes: Sequence[str] | None, q: Tensor, v: Tensor, *, shared: bool = False) -> None:
     axes = axes or ()
     if x.ndim != len(axes):
         raise ValueError(f"{name} must have {len(axes)} dimensions, got {x.ndim}")

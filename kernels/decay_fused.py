@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.decay_heads import decay_heads, sum_heads, sum_decay_heads
+from fla_compile.kernels.decay_heads import decay_heads, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_gates import chunk_scan_columns_kernel, chunk_scan_rows_kernel, largest_range
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel

@@ -11,7 +11,6 @@ and are gathered elsewhere (`packed`). A decay over values and RWKV-6's reading 
 Neighbouring heads may share operands, as `decay_heads` says; k and v are not repeated for them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch

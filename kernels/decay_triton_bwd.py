@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward
-from fla_compile.kernels.decay_heads import output_heads, spread, spread_decay, sum_heads, sum_decay_heads
+from fla_compile.kernels.decay_heads import output_heads, spread, spread_decay, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     NO_DECAY,

@@ -1,7 +1,8 @@
 """The fused launch of the decayed outer product on packed sequences, as they lie: no padding, gathering or copies.
 
 Shapes: q, k [1, T, H, K]; v [1, T, H, V]; g absent, [H], [1, T, H] or [1, T, H, K]; states [N, H, K, V]; cu_seqlens
-[N + 1]; H of those that heads share is less (`decay_heads`). Segments of time are its programs already (`decay_fused`); here they come from a table (`decay_segments`).
+[N + 1]; operands that heads share have fewer (`decay_heads`). The programs of `decay_fused` are segments of time
+already; here these come from a table (`decay_segments`).
 """
 
 import torch
