@@ -23,6 +23,7 @@ from fla_compile.passes.log_decay import Log
 from fla_compile.passes.lowering import TIME, Layout, Lowering
 from fla_compile.passes.normal_form import Factor, Labels
 from fla_compile.passes.recurrence import Recurrence
+from fla_compile.passes.share_heads import HEADS
 
 OPS = {"gla": "gla_values"}  # where values decay
 SHARING = {"linear_attention", "retention", "simple_gla", "gla"}
@@ -97,6 +98,8 @@ class _Kernel:
         v = self.early(self.factors(r.v, r.values, coef=r.write_coef, heads=self.value_heads()), shifted)
         op = getattr(torch.ops.fla_compile, name).default
         call = low.call(op, q, k, v, *gates, self.initial(), r.scale)
+        if self.sharing:
+            self.note_heads(call)
         if r.carry not in final:
             final[r.carry] = self.final(low.call(operator.getitem, call, 1), signs)
         if r.read is not None:
@@ -104,6 +107,16 @@ class _Kernel:
             if shifted:
                 o = low.call(torch.narrow, o, 1, 0, low.length)
             self.read(o)
+
+    def note_heads(self, call: fx.Node) -> None:
+        """For `share_heads`, where all are known."""
+        r, low = self.r, self.low
+        labels = {"q": self.own_heads(r.q), "k": self.own_heads(r.k), "v": self.value_heads()}
+        labels |= {"g": self.own_heads([f for f, _ in r.decay]), "state": self.state_heads()}
+        sizes = {name: low.product(heads) for name, heads in labels.items()}
+        if all(isinstance(size, int) for size in sizes.values()):
+            absent = {"g": call.args[3] is None, "state": call.args[4] is None}
+            call.meta[HEADS] = {name: 0 if absent.get(name) else size for name, size in sizes.items()}
 
     def value_heads(self) -> Labels:
         """Those of v: one operand at least has as many heads as there are states, where no initial state has."""
