@@ -274,8 +274,10 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention without normaliser, S_t = S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs
-    N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64,
+    where row 0 packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. HK and HV are H or a divisor of
+    it, neighbouring heads sharing one; HQ too, o then having H heads, or HQ is a multiple of H, whose queries read the
+    same state. Without initial_state H is the larger of HK and HV. Returns o [B, T, HQ, V] in v's dtype and the final
     state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or
     devices that do not agree, and for an empty sequence. Source: Katharopoulos et al. 2020, arXiv:2006.16236.
     """
@@ -295,11 +297,13 @@ def retention(
 ) -> tuple[Tensor, Tensor | None]:
     """Retention, S_t = gamma S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, with gamma constant for each head.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; gamma [H] in (0, 1], a factor and not its logarithm, 1 - 2^(-5-h) if None;
-    initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1, states [N, H,
-    K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32
-    (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree, and
-    for an empty sequence. Source: Sun et al. 2023, arXiv:2307.08621.
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; gamma [HG] in (0, 1], a factor and not its logarithm, if None 1 -
+    2^(-5-h), one for each head of initial_state or else of o; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or
+    int64, where row 0 packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. HK, HV and HG are H or a
+    divisor of it, neighbouring heads sharing one; HQ too, o then having H heads, or HQ is a multiple of H, whose
+    queries read the same state. Without initial_state H is the largest of HK, HV and HG. Returns o [B, T, HQ, V] in v's
+    dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for
+    shapes, dtypes or devices that do not agree, and for an empty sequence. Source: Sun et al. 2023, arXiv:2307.08621.
     """
     _check("retention", q, k, v, gamma, initial_state, cu_seqlens, gate="gamma")
     if gamma is None:
@@ -323,9 +327,11 @@ def simple_gla(
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with one gate a head and step, S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H], the natural logarithm of the decay, best kept in float32;
-    initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1, states [N, H,
-    K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; g [B, T, HG], the natural logarithm of the decay, best kept in
+    float32; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1,
+    states [N, H, K, V]); scale K^-0.5 if None. HK, HV and HG are H or a divisor of it, neighbouring heads sharing one;
+    HQ too, o then having H heads, or HQ is a multiple of H, whose queries read the same state. Without initial_state H
+    is the largest of HK, HV and HG. Returns o [B, T, HQ, V] in v's dtype and the final state [B, H, K, V] in float32
     (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree, and
     for an empty sequence. Source: Dao and Gu 2024, arXiv:2405.21060.
     """
@@ -346,11 +352,14 @@ def gla(
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention, S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T and o_t = scale * S_t^T q_t.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K] and gv [B, T, H, V], one of them or both, the natural logarithms
-    of the decays, best kept in float32; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0
-    packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the
-    final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes,
-    dtypes or devices that do not agree, and for an empty sequence. Source: Yang et al. 2023, arXiv:2312.06635.
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; g [B, T, HG, K] and gv [B, T, H, V], one of them or both, the
+    natural logarithms of the decays, best kept in float32; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or
+    int64, where row 0 packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Without gv HK, HV and HG
+    are H or a divisor of it, neighbouring heads sharing one; HQ too, o then having H heads, or HQ is a multiple of H,
+    whose queries read the same state; without initial_state H is the largest of HK, HV and HG. With gv all are H.
+    Returns o [B, T, HQ, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in
+    its place. Raises ValueError for shapes, dtypes or devices that do not agree, and for an empty sequence. Source:
+    Yang et al. 2023, arXiv:2312.06635.
     """
     if gv is None:
         if g is None:

@@ -160,8 +160,8 @@ def chunk_backward(
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
         plan = plan_launch(q, v, kind, config)
         dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
-        every = *(spread(x, 2, H) for x in (q, k, v)), spread_decay(g, H)
-        dq, dk, dv, dg = _launch_all(plan, *every, h0, scale, do, dht, dh0)
+        qs, ks, vs = (spread(x, 2, H) for x in (q, k, v))
+        dq, dk, dv, dg = _launch_all(plan, qs, ks, vs, spread_decay(g, H), h0, scale, do, dht, dh0)
         dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
         dg = sum_shares(plan, dg)
         return dq, dk, dv, dg if dg is None or g is None else sum_decay_heads(dg, g), dh0

@@ -71,12 +71,12 @@ def _axis_before(node: fx.Node, axis: int) -> int | None:
     if name == "permute":
         dims = args[0] if len(args) == 1 else args
         return dims[axis] % len(dims) if isinstance(dims, list | tuple) else None
-    if name in ("movedim", "moveaxis", "transpose", "swapaxes") and all(isinstance(n, int) for n in args):
-        value = _value(node)
-        if value is None or len(args) != 2:
+    if name in ("movedim", "moveaxis", "transpose", "swapaxes") and len(args) == 2:
+        value, (first, second) = _value(node), args
+        if value is None or not isinstance(first, int) or not isinstance(second, int):
             return None
         order = list(range(value.ndim))
-        first, second = (n % value.ndim for n in args)  # type: ignore[operator]
+        first, second = first % value.ndim, second % value.ndim
         if name in ("movedim", "moveaxis"):
             order.insert(second, order.pop(first))
         else:
@@ -155,7 +155,8 @@ def rewrite(call: fx.Node, operands: Mapping[str, Repeated]) -> None:
     for final in [user for user in call.users if times > 1 and user.args[1] == 1]:
         with graph.inserting_after(final):
             every = graph.call_method("repeat_interleave", (final, times, 1))
-        final.replace_all_uses_with(every, delete_user_cb=lambda user, every=every: user is not every)
+        final.replace_all_uses_with(every)
+        every.update_arg(0, final)
 
 
 def share_heads(gm: fx.GraphModule) -> int:
