@@ -104,6 +104,6 @@ def run_passes(
                 rewrites += matched.rewrites
                 refusals += [(refusal, None) for refusal in matched.refusals]
                 seconds += matched.validation_seconds
-        share_heads(region)
+        seconds += share_heads(region, validated=options.validate)
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)

@@ -5,6 +5,11 @@ import torch
 from programs import Cases, assert_rewritten, bare, operands, read, write
 
 from fla_compile.kernels import decay_cpu, decay_heads
+from fla_compile.passes import share_heads
+from fla_compile.passes.heads_check import check_call, check_operand
+from fla_compile.passes.log_decay import op_name
+from fla_compile.passes.records import Refused
+from fla_compile.passes.repeated_heads import Repeated, repeated_heads
 
 CASES = Cases()
 AXES = "bthk btgk btgv bthk"
@@ -124,3 +129,86 @@ def without_gradient(q, k, v, g):
 @pytest.mark.parametrize("fn", [tiled, read_again, written_to_after, without_gradient])
 def test_left_alone(fn, monkeypatch):
     assert heads_given(fn, operands(AXES, h=6, g=2), "gla", monkeypatch) == (6, 6, 6, 6)
+
+
+def test_a_wrong_finding_is_left_alone(monkeypatch):
+    """Heads that lie one group after the other, taken for neighbours."""
+
+    def mistaken(node, axis):
+        moves = []
+        while node.args and op_name(node) != "repeat":
+            moves.append(node)
+            node = node.args[0]
+        return Repeated(node.args[0], None, 2, tuple(moves)) if node.args else None
+
+    monkeypatch.setattr(share_heads, "repeated_heads", mistaken)
+    assert heads_given(tiled, operands(AXES, h=6, g=2), "gla", monkeypatch) == (6, 6, 6, 6)
+
+
+class Values(torch.fx.Interpreter):
+    """Notes the value of every node, as Dynamo does."""
+
+    def run_node(self, n):
+        n.meta["example_value"] = value = super().run_node(n)
+        return value
+
+
+def traced(fn, *shape):
+    gm = torch.fx.symbolic_trace(fn)
+    Values(gm).run(torch.zeros(shape))
+    operand = gm.graph.output_node().args[0]
+    return operand, next(iter(gm.graph.nodes))
+
+
+# [B, T, 6, K] of x [2, 40, 2, 20]
+NEIGHBOURS = {
+    "repeat_interleave": lambda x: x.repeat_interleave(3, 2),
+    "function": lambda x: torch.repeat_interleave(x, repeats=3, dim=-2),
+    "expand": lambda x: x[:, :, :, None].expand(2, 40, 2, 3, 20).reshape(2, 40, 6, 20),
+    "flatten": lambda x: x.unsqueeze(-2).expand(-1, -1, -1, 3, -1).flatten(2, 3),
+    "heads_first": lambda x: x.transpose(1, 2).repeat_interleave(3, 1).permute(0, 2, 1, 3),
+    "time_first": lambda x: x.transpose(0, 1).repeat_interleave(3, 2).movedim(1, 0).mul(0.5).bfloat16(),
+}
+# and what is not every head for its neighbours
+OTHERS = {
+    "repeat": lambda x: x.repeat(1, 1, 3, 1),
+    "tile": lambda x: x.tile(1, 1, 3, 1),
+    "expand_before": lambda x: x[:, :, None].expand(2, 40, 3, 2, 20).reshape(2, 40, 6, 20),
+    "flatten_before": lambda x: x.unsqueeze(2).expand(-1, -1, 3, -1, -1).flatten(2, 3),
+    "other_merged": lambda x: x[:, :, :, None].expand(2, 40, 2, 3, 20).reshape(2, 40, 3, 40),
+    "mixed": lambda x: x[:, :, :, None].expand(2, 40, 2, 3, 20).transpose(2, 3).reshape(2, 40, 6, 20),
+    "two_expanded": lambda x: x[:1, :, :, None].expand(2, 40, 2, 3, 20).reshape(2, 40, 6, 20),
+    "steps": lambda x: x.repeat_interleave(3, 1),
+    "keys": lambda x: x.repeat_interleave(3, 3),
+    "steps_moved": lambda x: x.repeat_interleave(3, 2).transpose(1, 2).transpose(2, 3),
+    "batch": lambda x: x[:1].expand(2, -1, -1, -1),
+    "one_by_one": lambda x: x.repeat_interleave(torch.tensor([2, 4]), 2),
+    "detached": lambda x: x.repeat_interleave(3, 2).detach(),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_found(name):
+    operand, _ = traced(NEIGHBOURS[name], 2, 40, 2, 20)
+    repeated = repeated_heads(operand, 2)
+    assert repeated is not None and repeated.heads == 2
+    check_operand(operand, repeated, 6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_not_found(name):
+    operand, x = traced(OTHERS[name], 2, 40, 2, 20)
+    assert repeated_heads(operand, 2) is None
+    if name != "detached":
+        with pytest.raises(Refused, match="validation_failed"):
+            check_operand(operand, Repeated(x, None, 2, ()), 6)
+
+
+def test_a_call_is_checked():
+    call = torch.fx.Graph().call_function(torch.ops.fla_compile.linear_attention.default)
+    before, after = ({"q": 6, "k": n, "v": n, "g": 0, "state": 0} for n in (6, 2))
+    check_call(call, before, after, (6, 2))
+    with pytest.raises(Refused, match="validation_failed"):
+        check_call(call, before, after, (6, 3))
+    with pytest.raises(Refused, match="validation_failed"):
+        check_call(call, before, after | {"v": 6}, (6, 3))
