@@ -4,6 +4,7 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part, as 
 """
 
 import dataclasses
+import sys
 from functools import partial
 
 import pytest
@@ -106,7 +107,7 @@ def test_retention_defaults_to_one_decay_a_state():
         torch.testing.assert_close(o, ops.naive_retention(x.q, x.k, x.v, initial_state=h0)[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES[1::2])
+@pytest.mark.parametrize("family", ["retention", pytest.param("gla", marks=pytest.mark.slow)])
 def test_opcheck(family):
     _, x = shared_inputs(family, MIXED, torch.float32, T=20, B=1)
     leaves = make_leaves(x, torch.float32)
@@ -158,34 +159,62 @@ def summed(x, found):
     return found
 
 
-def interpret() -> None:
-    """The fused launch of every family, in segments, again where factors do not hold the gates, and packed; split."""
-    config, half = Config(16, 16, 16, 4, 1, 0), torch.float16
-    few = dict(K=16, V=16, B=1)
-    for family in FAMILIES[1:]:
-        case, x = shared_inputs(family, (4, 2, 1, 2, 4), half, T=18, decay="strong", **few)
-        choices = dict(segments=2, limit=-1.0 if family == "gla" else None)
-        scans = decay_fused.plan_scans(x.q, x.v, KIND[family], heads=case.H, wide=config, tall=config, **choices)
-        eager = summed(x, narrow_results(case, one_for_each(x, case.H), half))
-        check_results(case, x, run_kernels(x, scans=scans), half, eager=eager)
-        print("ok fused", case)
-    for family in FAMILIES[2:]:
-        case, x = shared_inputs(family, (1, 1, 2, 2, None), half, T=19, **few)
-        cu_seqlens = torch.tensor([0, 16, 19])
-        h0, dht = torch.randn(2, 2, case.H, case.K, case.V)
-        x = dataclasses.replace(x, h0=h0, dht=dht)
-        scans = decay_fused.plan_scans(x.q, x.v, KIND[family], heads=case.H, wide=config, tall=config)
-        truth = naive_packed(case, x, cu_seqlens, torch.float64)
-        eager = summed(x, narrow_packed(case, one_for_each(x, case.H), cu_seqlens, half))
-        check_results(case, x, run_packed(x, cu_seqlens, scans=scans), half, truth, eager)
-        print("ok packed", case)
-    case, x = shared_inputs("simple_gla", (1, 1, 2, 1, 2), torch.float32, T=17, **few)
-    check_results(case, x, run_kernels(x, config), torch.float32)
+CONFIG = Config(16, 16, 16, 4, 1, 0)
+FEW = dict(K=16, V=16, B=1)
+
+
+def fused(family, heads, limit):
+    """In segments; with a limit below zero as if factors did not hold the gates."""
+    case, x = shared_inputs(family, heads, torch.float16, T=18, decay="strong" if limit else "weak", **FEW)
+    choices = dict(heads=case.H, segments=2, limit=limit, wide=CONFIG, tall=CONFIG)
+    scans = decay_fused.plan_scans(x.q, x.v, KIND[family], **choices)
+    eager = summed(x, narrow_results(case, one_for_each(x, case.H), torch.float16))
+    check_results(case, x, run_kernels(x, scans=scans), torch.float16, eager=eager)
+    print("ok fused", case)
+
+
+def packed(family, heads):
+    case, x = shared_inputs(family, heads, torch.float16, T=19, **FEW)
+    cu_seqlens = torch.tensor([0, 16, 19])
+    h0, dht = torch.randn(2, 2, case.H, case.K, case.V)
+    x = dataclasses.replace(x, h0=h0, dht=dht)
+    scans = decay_fused.plan_scans(x.q, x.v, KIND[family], heads=case.H, wide=CONFIG, tall=CONFIG)
+    truth = naive_packed(case, x, cu_seqlens, torch.float64)
+    eager = summed(x, narrow_packed(case, one_for_each(x, case.H), cu_seqlens, torch.float16))
+    check_results(case, x, run_packed(x, cu_seqlens, scans=scans), torch.float16, truth, eager)
+    print("ok packed", case)
+
+
+def split(family, heads):
+    case, x = shared_inputs(family, heads, torch.float32, T=17, **FEW)
+    check_results(case, x, run_kernels(x, CONFIG), torch.float32)
     print("ok split", case)
 
 
+def interpret(thorough: bool) -> None:
+    """Every family once; thorough, every family in every launch."""
+    if thorough:
+        for family in FAMILIES:
+            for heads in ((4, 2, 1, 2, 4), (1, 1, 4, 2, None)):
+                for limit in (None, -1.0) if family == "gla" else (None,):
+                    fused(family, heads, limit)
+                packed(family, (*heads[:4], None))
+                split(family, heads)
+    else:
+        fused("gla", (4, 2, 1, 2, 4), -1.0)
+        packed("gla", (1, 1, 2, 2, None))
+        packed("simple_gla", (2, 1, 4, 2, None))
+        packed("retention", (1, 1, 2, 1, None))
+        split("linear_attention", (1, 1, 2, 0, None))
+
+
 def test_interpreted():
-    assert interpreted(__file__) == 3 + 2 + 1
+    assert interpreted(__file__) == 1 + 3 + 1
+
+
+@pytest.mark.slow
+def test_interpreted_thoroughly():
+    assert interpreted(__file__, "thorough") == 4 * 2 * 3 + 2
 
 
 @pytest.mark.gpu
@@ -205,10 +234,10 @@ def test_gpu(family):
                 eager = summed(y, narrow_packed(case, every, cu_seqlens, dtype))
                 eager["final_state"] = decay_heads.first_alike(eager["final_state"], y.h0.shape[1])
                 eager["dh0"] = decay_heads.sum_heads(eager["dh0"], 1, y.h0.shape[1])
-                packed = {"cu_seqlens": cu_seqlens} if len(lengths) > 1 else {}
-                got = results(partial(getattr(ops, family), **packed), case, y, dtype)
+                one_batch = {"cu_seqlens": cu_seqlens} if len(lengths) > 1 else {}
+                got = results(partial(getattr(ops, family), **one_batch), case, y, dtype)
                 check_results(case, y, got, dtype, truth, eager)
 
 
 if __name__ == "__main__":
-    interpret()
+    interpret("thorough" in sys.argv)
