@@ -201,8 +201,8 @@ def interpret(thorough: bool) -> None:
                 packed(family, (*heads[:4], None))
                 split(family, heads)
     else:
-        fused("gla", (4, 2, 1, 2, 4), -1.0)
-        packed("gla", (1, 1, 2, 2, None))
+        fused("gla", (1, 1, 1, 1, 2), -1.0)
+        packed("gla", (2, 1, 4, 2, None))
         packed("simple_gla", (2, 1, 4, 2, None))
         packed("retention", (1, 1, 2, 1, None))
         split("linear_attention", (1, 1, 2, 0, None))
