@@ -172,9 +172,9 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, heads: in
     V = v.shape[-1]
     if heads is not None and g is not None and g.dim() in (1, 3, 4):
         H = decay_heads(g)
-    for name, size, largest in (("K", K, LARGEST_KEYS), ("V", V, LARGEST_VALUES)):
-        if not 1 <= size <= largest:
-            raise ValueError(f"{name} must be between 1 and {largest}, got {size}")
+    if not (1 <= K <= LARGEST_KEYS and 1 <= V <= LARGEST_VALUES):
+        most = f"K must be between 1 and {LARGEST_KEYS} and V between 1 and {LARGEST_VALUES}"
+        raise ValueError(f"{most}, got {K} and {V}")
     shapes = {"none": None, "constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
     shape = None if g is None else tuple(g.shape)
     dims = {None: "none", 1: "constant", 3: "scalar", 4: "vector"}
