@@ -64,6 +64,7 @@ def interpret() -> None:
         (both_case(1, V=5), torch.float32, 1),
         (both_case(24, "growing", "resets", K=20), torch.float32, 2),
         (both_case(17, "very_strong", "very_strong"), torch.float32, 1),
+        (both_case(19, "steep", "steep"), torch.float32, 1),
         (both_case(24, "weak", V=20), torch.float16, 1),
         (both_case(17, "hard_resets", "mixed"), torch.float16, 1),
     ):
@@ -118,7 +119,7 @@ def operator() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9
+    assert interpreted(__file__) == 10
 
 
 @pytest.mark.parametrize(
