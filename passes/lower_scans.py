@@ -15,7 +15,7 @@ from torch import fx
 
 from fla_compile.kernels.loop_ops import register_step
 from fla_compile.passes.fission import Delay, Window
-from fla_compile.passes.lowering import TIME, Layout, Looped, Lowering, extract
+from fla_compile.passes.lowering import TIME, Layout, Looped, Lowering, extract, factor_dtype
 from fla_compile.passes.normal_form import Factor
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Elementwise, Generic, Selective

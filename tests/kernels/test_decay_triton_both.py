@@ -207,7 +207,7 @@ def test_compiles(arch, size, part):
 GPU = {
     torch.bfloat16: [
         *(both_case(192, *decays, H=2, K=128, V=128) for decays in (("strong", "weak"), ("weak", "strong"))),
-        both_case(192, "very_strong", "very_strong", H=2, K=128, V=128),
+        *(both_case(192, decay, decay, H=2, K=128, V=128) for decay in ("steep", "very_strong")),
         both_case(192, "resets", "hard_resets", H=2, K=128, V=128),
         both_case(192, "mixed", H=2, K=64, V=64),
         both_case(1000, "weak", B=2, H=3, K=72, V=40),
