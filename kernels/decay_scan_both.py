@@ -28,8 +28,9 @@ diagonal, dk' the part of dk that goes through D, for each channel
     dg_t = sum over the other axis of e^L S D + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
 
 in which pairs of rows before t are not met and those after it cancel; what is left of a pair that grew by e^x (g > 0)
-is 2^-24 e^x, in the gates' gradients alone. Of the gate over values it is the same with do, o, v and dv in the places
-of q, dq, k and dk. The pass for dq (or o) writes q dq and S, the pass for dk (or dv) adds the others.
+is 2^-24 e^x, in the gates' gradients alone. k_t dk'_t, which no decay before t cuts, is not added to be taken away
+again. Of the gate over values it is the same with do, o, v and dv in the places of q, dq, k and dk. The pass for dq (or
+o) writes q dq and S, the pass for dk (or dv) adds the others.
 """
 
 import triton
@@ -87,10 +88,21 @@ def load_row_gates(p_g, o_col, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def add_before(a_0, a_1, b_0, b_1):
+    return a_0 + a_1 + b_0, b_1
+
+
+@triton.jit
+def sums_before(b_x):
+    """sum_{j < t} x_j. Taken from the sum up to t, x_t would leave its rounding where a decay has cut all before it."""
+    b_sum, _ = tl.associative_scan((tl.zeros_like(b_x), b_x), 0, add_before)
+    return b_sum
+
+
+@triton.jit
 def add_key_share(p_dg, b_k, b_dk, b_inside, b_across, s_y, o_row, o_w, m_w, W: tl.constexpr):
     """Completes dg of a chunk, from k, dk' and dk"."""
-    b_to = b_k * b_dk
-    b_dg = b_across[None, :] + (tl.cumsum(b_to, 0) - b_to) - tl.cumsum(b_k * b_inside, 0, reverse=True)
+    b_dg = (sums_before(b_k * b_dk) - tl.cumsum(b_k * b_inside, 0, reverse=True)) + b_across[None, :]
     store_tile(p_dg, load_tile(p_dg, o_row, o_w, m_w, W) + b_dg * s_y, o_row, o_w, m_w, W)
 
 
