@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
 from fla_compile.kernels.decay_configs import LARGEST_BOTH, step_checked
+from fla_compile.kernels.decay_heads import decay_heads
 from fla_compile.kernels.operators import DEVICES
 
 # The axes of g.
@@ -118,7 +119,10 @@ def steps_for(q: Tensor, v: Tensor) -> ModuleType | None:
     return decay_step_triton
 
 
-def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None) -> None:
+def check_operands(
+    family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, *, shared: bool = False
+) -> None:
+    """Raises ValueError naming the argument and both values; `shared` leaves heads to `decay_heads.check_heads`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got {x.ndim}")
@@ -127,11 +131,11 @@ def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: 
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}")
     for name, x, size in (("k", k, 4), ("v", v, 3)):
-        _check_shape(name, x, "BTHK"[:size], q, v)
+        _check_shape(name, x, "BTHK"[:size], q, v, shared)
     if initial_state is not None:
         if initial_state.ndim != 4:
             raise ValueError(f"initial_state must have 4 dimensions, got {initial_state.ndim}")
-        _check_shape("initial_state", initial_state, "BHKV", q, v)
+        _check_shape("initial_state", initial_state, "BHKV", q, v, shared)
         _check_float_on("initial_state", initial_state, q)
     for name, x in (("k", k), ("v", v)):
         _check_float_on(name, x, q)
@@ -142,16 +146,53 @@ def check_operands(family: str, q: Tensor, k: Tensor, v: Tensor, initial_state: 
         raise ValueError(f"q, k, v: {reason}")
 
 
-def check_gate(name: str, x: Tensor, axes: Sequence[str] | None, q: Tensor, v: Tensor) -> None:
+def check_gate(name: str, x: Tensor, axes: Sequence[str] | None, q: Tensor, v: Tensor, *, shared: bool = False) -> None:
     axes = axes or ()
     if x.ndim != len(axes):
         raise ValueError(f"{name} must have {len(axes)} dimensions, got {x.ndim}")
-    _check_shape(name, x, axes, q, v)
+    _check_shape(name, x, axes, q, v, shared)
     _check_float_on(name, x, q)
 
 
-def _check_shape(name: str, x: Tensor, axes: Sequence[str], q: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, *, heads: int | None = None) -> str:
+    """The kind of decay that g is; raises ValueError for what the Triton chunk kernels do not take.
+
+    Of so many `heads` neighbours may share operands (`decay_heads`); if None, none do.
+    """
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}")
+        if x.shape[:2] != q.shape[:2] or (x.shape[2] != q.shape[2] and heads is None):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k has shape {tuple(k.shape)}, q has {tuple(q.shape)}")
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    if heads is not None and g is not None and g.dim() in (1, 3, 4):
+        H = decay_heads(g)
+    for name, size, largest in (("K", K, LARGEST_KEYS), ("V", V, LARGEST_VALUES)):
+        if not 1 <= size <= largest:
+            raise ValueError(f"{name} must be between 1 and {largest}, got {size}")
+    shapes = {"none": None, "constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
+    shape = None if g is None else tuple(g.shape)
+    dims = {None: "none", 1: "constant", 3: "scalar", 4: "vector"}
+    kind = dims.get(None if g is None else g.dim())
+    if kind is None or shape != shapes[kind]:
+        raise ValueError(f"g has shape {shape}; expected {(H,)}, {(B, T, H)} or {(B, T, H, K)}")
+    if heads is not None:
+        own = {"q": q.shape[2], "k": k.shape[2], "v": v.shape[2], "g": heads if g is None else decay_heads(g)}
+        for name, shared in own.items():
+            if shared != heads and (shared == 0 or heads % shared):
+                raise ValueError(f"{name} has H={shared}, of H={heads} it must be a divisor")
+    return kind
+
+
+def _check_shape(name: str, x: Tensor, axes: Sequence[str], q: Tensor, v: Tensor, shared: bool) -> None:
     for i, axis in enumerate(axes):
+        if shared and axis == "H":
+            continue
         of, expected = ("v", v.shape[3]) if axis == "V" else ("q", q.shape["BTHK".index(axis)])
         if x.shape[i] != expected:
             raise ValueError(f"{name} has {axis}={x.shape[i]}, {of} has {axis}={expected}")

@@ -37,6 +37,7 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
 )
 from fla_compile.kernels.decay_scan_gates import channel_sums, halves, load_gates, load_row
+from fla_compile.kernels.decay_scan_sums import sums_before
 from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
@@ -53,7 +54,7 @@ def path_sums(b_to, b_from, o_c, dtype: tl.constexpr):
         b_fromh, b_froml = halves(b_from, dtype)
         return tl.dot(m_from, b_froml, tl.dot(m_from, b_fromh, tl.dot(m_to, b_tol, tl.dot(m_to, b_toh))))
     else:
-        return tl.cumsum(b_to, 0, reverse=True) + (tl.cumsum(b_from, 0) - b_from)
+        return tl.cumsum(b_to, 0, reverse=True) + sums_before(b_from, 0)
 
 
 @triton.jit
@@ -69,6 +70,7 @@ def chunk_states_kernel(
     p_z, p_w, p_g, p_s0, p_st, p_gt, p_h, p_table, p_u, s_in, s_st, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
     """Arguments as for `chunk_scan_rows_kernel`, with no output. p_h gets the state before every chunk, p_st with FINAL
     the last one, p_gt the segment's log decay in base 2."""
@@ -98,9 +100,9 @@ def chunk_states_kernel(
         m_c = t_0 + o_c < t_e
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
-        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
-        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
-        b_gh, b_gl = halves(load_gates(p_g + i_row * X, o_c * H, o_x, m_x, X), dtype)
+        b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
+        b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
+        b_gh, b_gl = halves(load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X), dtype)
         if p_h is not None:
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if REVERSE:
@@ -127,9 +129,10 @@ def chunk_grads_kernel(
     p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_table, scale, limit, T, L, n_s,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    RQ: tl.constexpr = 1, RK: tl.constexpr = 1, RV: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
     """One program for each chunk, head and block of keys; BV covers V. p_h and p_d hold S and R; without p_d only dq is
-    written. Packed, n_s counts the rows of the table."""
+    written. Packed, n_s counts the rows of the table. R.: as in `chunk_scan_kernel`, of q, k, v and g."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
@@ -176,16 +179,16 @@ def chunk_grads_kernel(
     m_k = tile_mask(m_c, o_k, K, BK, EVEN)
     m_v = tile_mask(m_c, o_v, V, BV, EVEN)
     p_s = i_state * (K * V) + (o_k * V)[:, None] + o_v[None, :]
-    b_g = load_gates(p_g + i_row * K, o_c * H, o_k, m_k, K)
+    b_g = load_gates(p_g + i_row // RG * K, o_c * (H // RG), o_k, m_k, K)
     b_do = load_tile(p_do + i_row * V, o_c * H, o_v, m_v, V)
-    b_v = load_tile(p_v + i_row * V, o_c * H, o_v, m_v, V)
+    b_v = load_tile(p_v + i_row // RV * V, o_c * (H // RV), o_v, m_v, V)
     b_h = load_masked(p_h + p_s, m_s)
     if p_d is not None:
         b_d = load_masked(p_d + p_s, m_s)
         if p_dg is not None:
             b_x = tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
-        b_q = load_tile(p_q + i_row * K, o_c * H, o_k, m_k, K)
-    b_k = load_tile(p_k + i_row * K, o_c * H, o_k, m_k, K)
+        b_q = load_tile(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_k, K)
+    b_k = load_tile(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_k, K)
     b_all = tl.sum(b_g, 0)
     b_c = tl.cumsum(b_g, 0)
     if not EXACT:
@@ -206,8 +209,8 @@ def chunk_grads_kernel(
         n_j = tl.minimum(t_e - t_0, C)
         for i_j in range(n_j):
             j = n_j - 1 - i_j
-            b_gj = as_decay(load_row(p_g + (i_row + j * H) * K, o_k, K)) * LOG2_E
-            b_kj = load_row(p_k + (i_row + j * H) * K, o_k, K)
+            b_gj = as_decay(load_row(p_g + (i_row + j * H) // RG * K, o_k, K)) * LOG2_E
+            b_kj = load_row(p_k + (i_row + j * H) // RK * K, o_k, K)
             b_pj = tl.sum(tl.where((o_c == j)[None, :], b_p, 0.0), 1)[:, None] * tl.exp2(b_e)
             b_dq += b_pj * b_kj[None, :]
             if p_d is not None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fla_compile.kernels.decay_factors import Decay, decays, flat, scores, sum_values
+from fla_compile.kernels.decay_heads import output_heads, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_layout import (
     Workspace,
     chunk_size,
@@ -35,6 +36,7 @@ from fla_compile.kernels.decay_layout import (
     paste,
     slab_sizes,
     slabs,
+    take,
     wide,
     without_autocast,
 )
@@ -67,18 +69,19 @@ def chunk_forward(
 ) -> tuple[Tensor, Tensor]:
     """(o [B, T, H, V] in v's dtype, final state [B, H, K, V]).
 
-    g is None, [H], [B, T, H] or [B, T, H, K]; gv is None or [B, T, H, V].
+    g is None, [H], [B, T, H] or [B, T, H, K]; gv is None or [B, T, H, V]. Without gv heads may be shared
+    (`decay_heads`); H is that of o.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    B, T, _, K = q.shape
+    H, V = output_heads(q, k, v, g, initial_state), v.shape[-1]
     dtype, C = wide(q.dtype), chunk_size(T)
     o = torch.empty((B, T, H, V), dtype=v.dtype, device=v.device)
     final = torch.empty((B, H, K, V), dtype=dtype, device=v.device)
     gates = gate_rows(g, B, T)
-    work = _workspace(FORWARD, q, v, C, dtype)
+    work = _workspace(FORWARD, q, H, V, C, dtype)
     for rows, state in slabs(B, H, T * max(K, V)):
-        qc, kc, vc = (cut(x[rows], C, work, name) for name, x in (("q", q), ("k", k), ("v", v)))
-        keys = decays(None if gates is None else cut(gates[rows], C, work, "g"), C)
+        qc, kc, vc = (cut(take(x, rows, H), C, work, name) for name, x in (("q", q), ("k", k), ("v", v)))
+        keys = decays(None if gates is None else cut(take(gates, rows, H), C, work, "g"), C)
         values = decays(None if gv is None else cut(gv[rows], C, work, "gv"), C)
         qc, qs = _linked(qc, keys, keys.chunk_q, work, "q")
         kc, ks = _linked(kc, keys, keys.chunk_k, work, "k")
@@ -124,19 +127,19 @@ def chunk_gradients(
     need_dg: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv, dg or None, dgv or None, dh0 or None), each in the dtype of what it is the gradient of."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    B, T, _, K = q.shape
+    H, V = output_heads(q, k, v, g, initial_state), v.shape[-1]
     dtype, C = wide(q.dtype), chunk_size(T)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty((B, T, H, x.shape[-1]), dtype=x.dtype, device=x.device) for x in (q, k, v))
     dh0 = None if initial_state is None else torch.empty((B, H, K, V), dtype=initial_state.dtype, device=v.device)
     gates = gate_rows(g, B, T)
-    dg = None if gates is None or not need_dg else torch.empty(gates.shape, dtype=dtype, device=v.device)
+    dg = None if gates is None or not need_dg else torch.empty((B, T, H, gates.shape[-1]), dtype=dtype, device=v.device)
     dgv = None if gv is None or not need_dg else torch.empty(gv.shape, dtype=gv.dtype, device=v.device)
-    work = _workspace(BACKWARD, q, v, C, dtype)
+    work = _workspace(BACKWARD, q, H, V, C, dtype)
     for rows, state in slabs(B, H, T * max(K, V)):
-        qc, kc, vc = (cut(x[rows], C, work, name) for name, x in (("q", q), ("k", k), ("v", v)))
+        qc, kc, vc = (cut(take(x, rows, H), C, work, name) for name, x in (("q", q), ("k", k), ("v", v)))
         doc = torch.mul(cut(do[rows], C, work, "do"), scale, out=work("do", vc.shape))
-        keys = decays(None if gates is None else cut(gates[rows], C, work, "g"), C)
+        keys = decays(None if gates is None else cut(take(gates, rows, H), C, work, "g"), C)
         values = decays(None if gv is None else cut(gv[rows], C, work, "gv"), C)
         qc, qs = _linked(qc, keys, keys.chunk_q, work, "q")
         kc, ks = _linked(kc, keys, keys.chunk_k, work, "k")
@@ -181,11 +184,14 @@ def chunk_gradients(
         paste(dqc, dq[rows], keys.row_factor)
         paste(dkc, dk[rows], keys.column_factor)
         paste(dvc, dv[rows], values.column_factor)
+    dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     if g is None or dg is None:
         return dq, dk, dv, None, dgv, dh0
+    if g.ndim < 4:
+        dg = dg.squeeze(-1)
     if g.ndim == 1:
         dg = dg.sum((0, 1))
-    return dq, dk, dv, dg.reshape(g.shape).to(g.dtype), dgv, dh0
+    return dq, dk, dv, sum_decay_heads(dg, g).to(g.dtype), dgv, dh0
 
 
 def _states(
@@ -292,9 +298,8 @@ def _product(x: Tensor, y: Tensor, work: Workspace, name: str) -> Tensor:
     return out
 
 
-def _workspace(names: tuple[str, ...], q: Tensor, v: Tensor, C: int, dtype: torch.dtype) -> Workspace:
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+def _workspace(names: tuple[str, ...], q: Tensor, H: int, V: int, C: int, dtype: torch.dtype) -> Workspace:
+    B, T, _, K = q.shape
     b, h = slab_sizes(B, H, T * max(K, V))
     block = max(C * K, C * V, C * C, K * V)
     return Workspace(names, b * h * -(-T // C) * block, q, dtype)

@@ -7,6 +7,9 @@ key the passes are two (`decay_fused_gates`), and dq, dk and dg come from states
 too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the
 sums are chained to the state before each segment, and the segments then run side by side. Packed sequences are such
 segments too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
+
+H is the number of heads of the output; operands that neighbours share have fewer (`decay_heads`) and are read where
+they lie. Their gradients are written for all H, in the operands' dtype, and summed after.
 """
 
 from typing import Any
@@ -16,6 +19,7 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_fused_gates import launch_grads, launch_rows, launch_states, new_states, segments_of
+from fla_compile.kernels.decay_heads import shares, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
@@ -49,7 +53,7 @@ def _launch(
         numbers = (
             plan.T, plan.length, plan.segments, plan.H, z.shape[-1], w.shape[-1], config.chunk, config.block_k,
             config.block_v, KINDS[plan.kind], part, reverse, y is not None, st is not None, tall, s0 is not None,
-            packed is None and plan.T % config.chunk == 0, plan.precision,
+            packed is None and plan.T % config.chunk == 0, plan.precision, *shares(plan.H, x, z, w, g, e),
         )  # fmt: skip
         programs = segments_of(plan, packed) * plan.H * triton.cdiv(w.shape[-1], config.block_v)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -143,7 +147,7 @@ def scan_forward(
     packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs [B, T, H, V] and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands contiguous."""
-    o = torch.empty_like(v)
+    o = torch.empty(plan.B, plan.T, plan.H, plan.V, dtype=v.dtype, device=v.device)
     states = plan.B if packing is None else packing.sequences
     ht = torch.empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
     final: Tensor | None = ht
@@ -188,7 +192,10 @@ def scan_backward(
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
     dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing)
-    return dq, dk, dv, dg if dg is None or plan.kind != "constant" else dg.sum((0, 1)), dh0
+    dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    if g is not None and dg is not None:
+        dg = sum_decay_heads(dg.sum((0, 1)) if plan.kind == "constant" else dg, g)
+    return dq, dk, dv, dg, dh0
 
 
 @compiled_together
@@ -196,9 +203,9 @@ def _launch_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
     dht: Tensor | None, need_dg: bool, o: Tensor | None, packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """As `scan_backward`, but dg of one decay a head has its steps still, [B, T, H]."""
+    """As `scan_backward`, but all have H heads, and dg of one decay a head has its steps still, [B, T, H]."""
     B, T, H, K = plan.B, plan.T, plan.H, plan.K
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (torch.empty(B, T, H, size, dtype=q.dtype, device=q.device) for size in (K, K, plan.V))
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     dh0 = None if h0 is None else torch.empty(*h0.shape, **wide)
     down, final = 1.0 / scale, dh0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fla_compile.kernels.decay_chunk_gates import chunk_grads_kernel, chunk_states_kernel
 from fla_compile.kernels.decay_configs import Config
+from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import chunk_scan_rows_kernel
 from fla_compile.kernels.decay_segments import Packing, Part
@@ -42,8 +43,8 @@ def launch_rows(
     every = 1 if h is None else plan.tall.chunk // config.chunk
     flags = every, reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
-    numbers = *scales, plan.limit
-    _launch(chunk_scan_rows_kernel, plan, config, programs, operands, numbers, plan.segments, tile, flags, exact=True)
+    ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (*scales, plan.limit)
+    _launch(chunk_scan_rows_kernel, plan, config, programs, operands, numbers, plan.segments, *ways, exact=True)
 
 
 def launch_states(
@@ -57,7 +58,8 @@ def launch_states(
     operands = z, w, g, s0, st, gt, h, *_parts(packed)
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
-    _launch(chunk_states_kernel, plan, config, programs, operands, (1.0, 1.0), plan.segments, tile, flags, exact=False)
+    ways = tile, flags, shares(plan.H, z, w, g)
+    _launch(chunk_states_kernel, plan, config, programs, operands, (1.0, 1.0), plan.segments, *ways, exact=False)
 
 
 def launch_grads(
@@ -75,8 +77,8 @@ def launch_grads(
     operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), None if packed is None else packed.table
     flags = (packed is None and plan.T % config.chunk == 0,)
     tile = config.chunk, config.block_v, config.block_k
-    numbers = scale, plan.limit
-    _launch(chunk_grads_kernel, plan, config, programs, operands, numbers, segments, tile, flags, exact=True)
+    ways, numbers = (tile, flags, shares(plan.H, q, k, v, g)), (scale, plan.limit)
+    _launch(chunk_grads_kernel, plan, config, programs, operands, numbers, segments, *ways, exact=True)
 
 
 def _parts(packed: Part | None) -> tuple[Tensor | None, Tensor | None]:
@@ -91,7 +93,8 @@ def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
 
 def _launch(
     kernel: Any, plan: Scans, config: Config, programs: int, operands: tuple[Tensor | None, ...],
-    numbers: tuple[float, ...], segments: int, tile: tuple[int, ...], flags: tuple[int, ...], *, exact: bool,
+    numbers: tuple[float, ...], segments: int, tile: tuple[int, ...], flags: tuple[int, ...],
+    heads: tuple[int, ...], *, exact: bool,
 ) -> None:  # fmt: skip
     """`kernel` as the table has it, and again for what that finds out of range."""
     layouts = tuple(map(layout, operands))
@@ -102,7 +105,7 @@ def _launch(
         if launch is None:
             # only the tiles of the table are known to compile to what they mean: smaller sizes are masked
             sizes = plan.T, plan.length, segments, plan.H, plan.K, plan.V, *tile
-            ways = (*flags, *(() if again is None else (again,)), plan.precision)
+            ways = (*flags, *(() if again is None else (again,)), plan.precision, *heads)
             options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
             launch = Launch(kernel, device, (programs,), (*sizes, *ways), **options)
             remember(_launches, key, launch)

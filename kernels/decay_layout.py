@@ -84,6 +84,17 @@ def slabs(B: int, H: int, elements: int) -> Iterator[tuple[tuple[slice, slice, s
             yield (rows, slice(None), heads), (rows, heads)
 
 
+def take(x: Tensor, rows: tuple[slice, slice, slice], heads: int) -> Tensor:
+    """x[rows] as if x [B, T, H, K] had as many heads, where neighbours may share those that it has."""
+    share = heads // x.shape[2]
+    if share == 1:
+        return x[rows]
+    batch, steps, wanted = rows
+    first, last = wanted.start // share, -(-min(wanted.stop, heads) // share)
+    spread = x[batch, steps, first:last].repeat_interleave(share, 2)
+    return spread[:, :, wanted.start - first * share : wanted.stop - first * share]
+
+
 def gate_rows(g: Tensor | None, B: int, T: int) -> Tensor | None:
     """g as [B, T, H, K or 1]."""
     if g is None or g.ndim == 4:

@@ -10,8 +10,9 @@
     rwkv6               [B, T, H, K]    RWKV-6, arXiv:2404.05892: reads S_{t-1} + diag(u) k_t v_t^T instead
 
 w_t = exp(gv_t), with gv [B, T, H, V], is one but in gla, where it may take a_t's place or stand beside it.
-q and k are [B, T, H, K], v and o are [B, T, H, V], the state is [B, H, K, V]. Narrow operands are computed in
-float32, float64 operands in float64. All are differentiable by autograd.
+q and k are [B, T, H, K], v and o are [B, T, H, V], the state is [B, H, K, V]; neighbouring heads may share operands
+(`decay_heads`). Narrow operands are computed in float32, float64 operands in float64. All are differentiable by
+autograd.
 """
 
 from functools import partial
@@ -19,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fla_compile.kernels.decay_heads import first_alike, output_heads, spread, state_heads
 from fla_compile.kernels.packed import each_sequence
 
 __all__ = [
@@ -63,7 +65,8 @@ def naive_retention(
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = gamma S_{t-1} + k_t v_t^T, gamma [H] constant in time (None: RetNet's)."""
     if gamma is None:
-        gamma = retnet_gamma(q.shape[2], device=q.device, dtype=_wide(q.dtype))
+        heads = output_heads(q, k, v, None, None) if initial_state is None else initial_state.shape[1]
+        gamma = retnet_gamma(heads, device=q.device, dtype=_wide(q.dtype))
     a = gamma.to(_wide(q.dtype)).view(1, 1, -1, 1).expand(q.shape[0], q.shape[1], -1, 1)
     return _recur(q, k, v, a, scale, initial_state, output_final_state, cu_seqlens)
 
@@ -134,10 +137,17 @@ def _recur(
     w: Tensor | None = None,  # [B, T, H, V]
     u: Tensor | None = None,  # [H, K]; given, the state is read before the update
 ) -> tuple[Tensor, Tensor | None]:
+    states = max(state_heads(k, v, a, initial_state), 0 if w is None else w.shape[2])
+    heads = max(q.shape[2], states)
+    q, k, v = (spread(x, 2, heads) for x in (q, k, v))
+    a, w = (None if x is None else spread(x, 2, heads) for x in (a, w))
+    h0 = None if initial_state is None else spread(initial_state, 1, heads)
     if cu_seqlens is None:
-        return naive_loop(q, k, v, a, scale, initial_state, output_final_state, w=w, u=u)
-    rows = {"q": q, "k": k, "v": v, "a": a, "w": w}
-    return each_sequence(partial(naive_loop, scale=scale, u=u), cu_seqlens, rows, initial_state, output_final_state)
+        o, final = naive_loop(q, k, v, a, scale, h0, output_final_state, w=w, u=u)
+    else:
+        rows = {"q": q, "k": k, "v": v, "a": a, "w": w}
+        o, final = each_sequence(partial(naive_loop, scale=scale, u=u), cu_seqlens, rows, h0, output_final_state)
+    return o, None if final is None else first_alike(final, states)
 
 
 def naive_loop(

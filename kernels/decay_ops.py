@@ -7,6 +7,8 @@ the rank of g tells the families apart. CPU runs `decay_cpu`, CUDA runs `decay_t
 `decay_step_triton` where that is checked. Packed sequences run `decay_triton_packed` as they lie where it takes them,
 and are gathered elsewhere (`packed`). A decay over values and RWKV-6's reading are operators of their own, in
 `decay_values` and `rwkv6_ops`; `decay_step` has those that update a state in place.
+
+Neighbouring heads may share operands, as `decay_heads` says; k and v are not repeated for them.
 """
 
 from typing import Any
@@ -27,6 +29,15 @@ from fla_compile.kernels.decay_checks import (
     steps_for,
     supports,
 )
+from fla_compile.kernels.decay_heads import (
+    at_first_alike,
+    check_heads,
+    first_alike,
+    output_heads,
+    spread,
+    state_heads,
+    sum_heads,
+)
 from fla_compile.kernels.decay_retnet import retnet_decay
 from fla_compile.kernels.decay_values import gla_values, gla_values_packed
 from fla_compile.kernels.operators import operator, register_autograd, register_fake, register_kernel
@@ -39,7 +50,9 @@ __all__ = ["FAMILIES", "gla", "kernel_name", "linear_attention", "retention", "r
 def _forward_cpu(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return decay_cpu.chunk_forward(q, k, v, g, initial_state, scale)
+    states, _, h0 = _for_each_head(q, k, v, g, initial_state)
+    o, final = decay_cpu.chunk_forward(q, k, v, g, h0, scale)
+    return o, first_alike(final, states)
 
 
 def _forward_cuda(
@@ -48,18 +61,30 @@ def _forward_cuda(
     steps = steps_for(q, v)
     if steps is not None:
         return steps.step_forward(q, k, v, g, initial_state, scale)
-    return chunks_for(q, v).chunk_forward(q, k, v, g, initial_state, scale)
+    states, _, h0 = _for_each_head(q, k, v, g, initial_state)
+    o, final = chunks_for(q, v).chunk_forward(q, k, v, g, h0, scale)
+    return o, first_alike(final, states)
+
+
+def _for_each_head(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None
+) -> tuple[int, int, Tensor | None]:
+    """The number of states, that of heads of the output, and the initial state of each of these."""
+    states = state_heads(k, v, g, initial_state)
+    heads = max(states, q.shape[2])
+    return states, heads, None if initial_state is None else spread(initial_state, 1, heads)
 
 
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    B, _, H, K = q.shape
-    return v.new_empty(v.shape), v.new_empty((B, H, K, v.shape[-1]), dtype=state_dtype(q))
+    B, T, _, K = q.shape
+    H, V = state_heads(k, v, g, initial_state), v.shape[-1]
+    return v.new_empty((B, T, max(H, q.shape[2]), V)), v.new_empty((B, H, K, V), dtype=state_dtype(q))
 
 
 # An operator returns tensors only: where dg or dh0 is not wanted, an empty one stands in its place.
-@operator("decay_backward", devices=("cpu",))
+@operator("decay_backward")
 def decay_backward(
     q: Tensor,
     k: Tensor,
@@ -72,24 +97,10 @@ def decay_backward(
     need_dg: bool,
     need_dh0: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dg, dh0 = decay_cpu.chunk_backward(q, k, v, g, initial_state, scale, do, dht, need_dg=need_dg)
-    return dq, dk, dv, _wanted(dg, g, need_dg, q), _wanted(dh0, initial_state, need_dh0, q)
-
-
-@register_kernel(decay_backward, "cuda")
-def _backward_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-    do: Tensor,
-    dht: Tensor | None,
-    need_dg: bool,
-    need_dh0: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dg, dh0 = chunks_for(q, v).chunk_backward(q, k, v, g, initial_state, scale, do, dht, need_dg=need_dg)
+    states, heads, h0 = _for_each_head(q, k, v, g, initial_state)
+    grads = chunks_for(q, v).chunk_backward(q, k, v, g, h0, scale, do, at_first_alike(dht, heads), need_dg=need_dg)
+    dq, dk, dv, dg, dh0 = grads
+    dh0 = None if dh0 is None else sum_heads(dh0, 1, states)
     return dq, dk, dv, _wanted(dg, g, need_dg, q), _wanted(dh0, initial_state, need_dh0, q)
 
 
@@ -131,7 +142,7 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
     if do is None and dht is None:
         return None, None, None, None, None, None
     if do is None:
-        do = torch.zeros_like(v)
+        do = v.new_zeros(*v.shape[:2], output_heads(q, k, v, g, initial_state), v.shape[-1])
     need_dg = g is not None and ctx.needs_input_grad[3]
     need_dh0 = initial_state is not None and ctx.needs_input_grad[4]
     dq, dk, dv, dg, dh0 = decay_backward(q, k, v, g, initial_state, ctx.scale, do, dht, need_dg, need_dh0)
@@ -153,7 +164,11 @@ def _forward_packed(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, scale: float, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     kernels = packed_kernels_for(q, v)
-    return None if kernels is None else kernels.packed_forward(q, k, v, g, initial_state, scale, cu_seqlens)
+    if kernels is None:
+        return None
+    states, _, h0 = _for_each_head(q, k, v, g, initial_state)
+    found = kernels.packed_forward(q, k, v, g, h0, scale, cu_seqlens)
+    return None if found is None else (found[0], first_alike(found[1], states))
 
 
 def _backward_packed(
@@ -171,8 +186,13 @@ def _backward_packed(
     kernels = packed_kernels_for(q, v)
     if kernels is None:
         return None
-    operands = q, k, v, g, initial_state, scale, cu_seqlens, do, dht
-    return kernels.packed_backward(*operands, need_dg=g is not None and wanted[3])
+    states, heads, h0 = _for_each_head(q, k, v, g, initial_state)
+    operands = q, k, v, g, h0, scale, cu_seqlens, do, at_first_alike(dht, heads)
+    found = kernels.packed_backward(*operands, need_dg=g is not None and wanted[3])
+    if found is None:
+        return None
+    *grads, dh0 = found
+    return *grads, None if dh0 is None else sum_heads(dh0, 1, states)
 
 
 # A constant decay would go on through the steps that fill a batch: gathered, retention is simple_gla.
@@ -182,7 +202,7 @@ def _forward_retention(
     whole = _forward_packed(q, k, v, g, initial_state, scale, cu_seqlens)
     if whole is not None:
         return whole
-    return PACKED["simple_gla"](q, k, v, g.expand(q.shape[:3]), initial_state, scale, cu_seqlens)
+    return PACKED["simple_gla"](q, k, v, g.expand(*q.shape[:2], -1), initial_state, scale, cu_seqlens)
 
 
 def _backward_retention(
@@ -200,7 +220,7 @@ def _backward_retention(
     whole = _backward_packed(q, k, v, g, initial_state, scale, cu_seqlens, do, dht, wanted)
     if whole is not None:
         return whole
-    operands = q, k, v, g.expand(q.shape[:3]), initial_state, scale, cu_seqlens, None, do, dht
+    operands = q, k, v, g.expand(*q.shape[:2], -1), initial_state, scale, cu_seqlens, None, do, dht
     dq, dk, dv, dg, dh0 = torch.ops.fla_compile.simple_gla_packed_backward(*operands, wanted[:5])
     return dq, dk, dv, dg.sum((0, 1)) if wanted[3] else None, dh0
 
@@ -234,8 +254,10 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention without normaliser, S_t = S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs
-    N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64,
+    where row 0 packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. HK and HV are H or a divisor of
+    it, neighbouring heads sharing one; HQ too, o then having H heads, or HQ is a multiple of H, whose queries read the
+    same state. Without initial_state H is the larger of HK and HV. Returns o [B, T, HQ, V] in v's dtype and the final
     state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or
     devices that do not agree, and for an empty sequence. Source: Katharopoulos et al. 2020, arXiv:2006.16236.
     """
@@ -255,17 +277,19 @@ def retention(
 ) -> tuple[Tensor, Tensor | None]:
     """Retention, S_t = gamma S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t, with gamma constant for each head.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; gamma [H] in (0, 1], a factor and not its logarithm, 1 - 2^(-5-h) if None;
-    initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1, states [N, H,
-    K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32
-    (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree, and
-    for an empty sequence. Source: Sun et al. 2023, arXiv:2307.08621.
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; gamma [HG] in (0, 1], a factor and not its logarithm, if None 1 -
+    2^(-5-h), one for each head of initial_state or else of o; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or
+    int64, where row 0 packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. HK, HV and HG are H or a
+    divisor of it, neighbouring heads sharing one; HQ too, o then having H heads, or HQ is a multiple of H, whose
+    queries read the same state. Without initial_state H is the largest of HK, HV and HG. Returns o [B, T, HQ, V] in v's
+    dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for
+    shapes, dtypes or devices that do not agree, and for an empty sequence. Source: Sun et al. 2023, arXiv:2307.08621.
     """
-    check_operands("retention", q, k, v, check_packed("q", q, cu_seqlens, initial_state))
+    _check("retention", q, k, v, gamma, initial_state, cu_seqlens, gate="gamma")
     if gamma is None:
-        g = retnet_decay(q.shape[2], q.device, state_dtype(q))[1]
+        heads = output_heads(q, k, v, None, None) if initial_state is None else initial_state.shape[1]
+        g = retnet_decay(heads, q.device, state_dtype(q))[1]
     else:
-        check_gate("gamma", gamma, FAMILIES["retention"], q, v)
         g = gamma.to(state_dtype(q)).log()
     return _run("retention", q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
@@ -283,9 +307,11 @@ def simple_gla(
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with one gate a head and step, S_t = exp(g_t) S_{t-1} + k_t v_t^T and o_t = scale * S_t^T q_t.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H], the natural logarithm of the decay, best kept in float32;
-    initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1, states [N, H,
-    K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; g [B, T, HG], the natural logarithm of the decay, best kept in
+    float32; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0 packs N sequences (B = 1,
+    states [N, H, K, V]); scale K^-0.5 if None. HK, HV and HG are H or a divisor of it, neighbouring heads sharing one;
+    HQ too, o then having H heads, or HQ is a multiple of H, whose queries read the same state. Without initial_state H
+    is the largest of HK, HV and HG. Returns o [B, T, HQ, V] in v's dtype and the final state [B, H, K, V] in float32
     (float64 for float64), or None in its place. Raises ValueError for shapes, dtypes or devices that do not agree, and
     for an empty sequence. Source: Dao and Gu 2024, arXiv:2405.21060.
     """
@@ -306,11 +332,14 @@ def gla(
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention, S_t = diag(exp(g_t)) S_{t-1} diag(exp(gv_t)) + k_t v_t^T and o_t = scale * S_t^T q_t.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K] and gv [B, T, H, V], one of them or both, the natural logarithms
-    of the decays, best kept in float32; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or int64, where row 0
-    packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Returns o [B, T, H, V] in v's dtype and the
-    final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for shapes,
-    dtypes or devices that do not agree, and for an empty sequence. Source: Yang et al. 2023, arXiv:2312.06635.
+    q [B, T, HQ, K], k [B, T, HK, K], v [B, T, HV, V]; g [B, T, HG, K] and gv [B, T, H, V], one of them or both, the
+    natural logarithms of the decays, best kept in float32; initial_state [B, H, K, V]; cu_seqlens [N + 1], int32 or
+    int64, where row 0 packs N sequences (B = 1, states [N, H, K, V]); scale K^-0.5 if None. Without gv HK, HV and HG
+    are H or a divisor of it, neighbouring heads sharing one; HQ too, o then having H heads, or HQ is a multiple of H,
+    whose queries read the same state; without initial_state H is the largest of HK, HV and HG. With gv all are H.
+    Returns o [B, T, HQ, V] in v's dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in
+    its place. Raises ValueError for shapes, dtypes or devices that do not agree, and for an empty sequence. Source:
+    Yang et al. 2023, arXiv:2312.06635.
     """
     if gv is None:
         if g is None:
@@ -336,9 +365,23 @@ def _run(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    check_operands(family, q, k, v, check_packed("q", q, cu_seqlens, initial_state))
-    if g is not None:
-        check_gate("g", g, FAMILIES[family], q, v)
+    _check(family, q, k, v, g, initial_state, cu_seqlens)
     operands = q, k, v, g, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
     o, final = OPS[family](*operands) if cu_seqlens is None else call_packed(PACKED[family], *operands, cu_seqlens)
     return o, final if output_final_state else None
+
+
+def _check(
+    family: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gate: str = "g",
+) -> None:
+    check_operands(family, q, k, v, check_packed("q", q, cu_seqlens, initial_state), shared=True)
+    if g is not None:
+        check_gate(gate, g, FAMILIES[family], q, v, shared=True)
+    check_heads(q, k, v, g, initial_state, gate)

@@ -54,17 +54,18 @@ class Scans:
         return _chunk(self.wide, self.tall, self.states)
 
 
-def plan_scans(q: Tensor, v: Tensor, kind: str, *, limit: float | None = None, segments: int | None = None,
-               wide: Config | None = None, tall: Config | None = None,
+def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
+               segments: int | None = None, wide: Config | None = None, tall: Config | None = None,
                forward: bool = False, need_dg: bool = False) -> Scans | None:  # fmt: skip
-    """None where there is no configuration for these operands.
+    """None where there is no configuration for these operands; `heads` of the output, those of q if None.
 
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient.
     """
     grads = need_dg and kind in ("constant", "scalar")
     launches = ["wide"] + ["states"] * (kind == "vector") + ["grads" if grads else "tall"] * (not forward)
-    given = wide, tall
-    return _plan(*q.shape, v.shape[-1], q.dtype, q.device, kind, precision(q), limit, segments, given, tuple(launches))
+    B, T, H, K = q.shape
+    sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall)
+    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, given, tuple(launches))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -206,13 +206,14 @@ def chunk_scan_kernel(
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     DECAY: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1, RE: tl.constexpr = 1,
 ):  # fmt: skip
     """BX covers X. Without OUTPUT only the final state is written, to p_st, and the segment's decay to p_gt.
 
     The initial state is read times s_in, y is written times s_y, the final state times s_st. Packed sequences have a
     table, and states p_u where their segments meet if any does. As QUERIES or KEYS the pass has its queries or keys in
     p_e, and leaves sums of each row, the state before each chunk, p_h, which lies as the registers do, and sums of it
-    with its gradient.
+    with its gradient. R.: of the H heads of y, neighbours that share one of x, z, w, g or e.
     """
     if p_table is None:
         i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
@@ -236,7 +237,7 @@ def chunk_scan_kernel(
         b_s += turn(load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in, TURNED)
     if DECAY == CONSTANT_DECAY:
         # products with numbers of rows, which round once, where sums would round at every row; all decays in base 2
-        s_g = as_decay(tl.load(p_g + i_h))
+        s_g = as_decay(tl.load(p_g + i_h // RG))
         if not OUTPUT:
             tl.store(p_gt + i_nh, (t_e - t_a) * s_g, mask=i_w == 0)
         s_g *= LOG2_E
@@ -272,10 +273,10 @@ def chunk_scan_kernel(
             m_a &= o_i < t_e  # beyond the end b_f goes on
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
-        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
-        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
+        b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
+        b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
         if PART != PLAIN:
-            b_e = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W)
+            b_e = load_tile(p_e + i_row // RE * W, o_c * (H // RE), o_w, m_w, W)
             m_r = None if EVEN else m_c
         if DECAY == CONSTANT_DECAY:
             n_r = C if EVEN else tl.minimum(t_e - t_0, C)
@@ -284,14 +285,14 @@ def chunk_scan_kernel(
             b_up = tl.exp2(b_r * s_g)
             b_down = tl.exp2((n_r - b_r) * s_g)
         elif DECAY == ROW_DECAY:
-            b_g, _, s_g, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, False)
+            b_g, _, s_g, _ = row_decay(p_g, i_row // RG, i_h // RG, o_c, m_c, H // RG, DECAY, False)
             b_total += s_g
             b_g, s_g = b_g * LOG2_E, s_g * LOG2_E
             b_all = tl.exp2(s_g)
             b_up = tl.exp2(b_g)
             b_down = tl.exp2(s_g - b_g)
         if OUTPUT:
-            b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
+            b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)
             if DECAY == CONSTANT_DECAY:
                 b_a *= b_f  # what overflows here is masked next

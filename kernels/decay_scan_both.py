@@ -48,6 +48,7 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
 )
 from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
+from fla_compile.kernels.decay_scan_sums import sums_before
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chain_both_kernel", "chunk_scan_both_kernel", "step_scan_both_kernel"]
@@ -88,21 +89,9 @@ def load_row_gates(p_g, o_col, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def add_before(a_0, a_1, b_0, b_1):
-    return a_0 + a_1 + b_0, b_1
-
-
-@triton.jit
-def sums_before(b_x):
-    """sum_{j < t} x_j. Taken from the sum up to t, x_t would leave its rounding where a decay has cut all before it."""
-    b_sum, _ = tl.associative_scan((tl.zeros_like(b_x), b_x), 0, add_before)
-    return b_sum
-
-
-@triton.jit
 def add_key_share(p_dg, b_k, b_dk, b_inside, b_across, s_y, o_row, o_w, m_w, W: tl.constexpr):
     """Completes dg of a chunk, from k, dk' and dk"."""
-    b_dg = (sums_before(b_k * b_dk) - tl.cumsum(b_k * b_inside, 0, reverse=True)) + b_across[None, :]
+    b_dg = (sums_before(b_k * b_dk, 0) - tl.cumsum(b_k * b_inside, 0, reverse=True)) + b_across[None, :]
     store_tile(p_dg, load_tile(p_dg, o_row, o_w, m_w, W) + b_dg * s_y, o_row, o_w, m_w, W)
 
 

@@ -104,6 +104,7 @@ def chunk_scan_rows_kernel(
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     EVERY: tl.constexpr, REVERSE: tl.constexpr, FINAL: tl.constexpr,
     HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
     """BX covers X. Arguments as for `chunk_scan_kernel`; p_h, if given, gets the state before every block of EVERY
     chunks, counted from the first."""
@@ -150,7 +151,7 @@ def chunk_scan_rows_kernel(
             if last:
                 store_state(p_h, i_state + i_c // EVERY, b_s, o_x, o_w, m_s, X, W)
         if EXACT:  # first, while there are registers
-            b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
+            b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             b_a = tl.zeros((C, C), tl.float32)
             b_e = tl.zeros((C, BX), tl.float32)
             n_j = tl.minimum(t_e - t_0, C)
@@ -158,17 +159,17 @@ def chunk_scan_rows_kernel(
                 j = i_j
                 if not REVERSE:
                     j = n_j - 1 - i_j
-                b_gj = as_decay(load_row(p_g + (i_row + j * H) * X, o_x, X)) * LOG2_E
-                b_zj = load_row(p_z + (i_row + j * H) * X, o_x, X)
+                b_gj = as_decay(load_row(p_g + (i_row + j * H) // RG * X, o_x, X)) * LOG2_E
+                b_zj = load_row(p_z + (i_row + j * H) // RZ * X, o_x, X)
                 if REVERSE:
                     b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
                 b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
                 b_a = tl.where(m_a & (o_c == j)[None, :], b_aj[:, None], b_a)
                 if not REVERSE:
                     b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
-        b_z = load_tile(p_z + i_row * X, o_c * H, o_x, m_x, X)
-        b_w = load_tile(p_w + i_row * W, o_c * H, o_w, m_w, W)
-        b_g = load_gates(p_g + i_row * X, o_c * H, o_x, m_x, X)
+        b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
+        b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
+        b_g = load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X)
         if EXACT:
             b_e = tl.cumsum(b_g, 0)
             b_all = tl.sum(b_g, 0)
@@ -188,7 +189,7 @@ def chunk_scan_rows_kernel(
             b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
             b_s *= b_half[:, None]
             b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
-            b_x = load_tile(p_x + i_row * X, o_c * H, o_x, m_x, X)
+            b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
             b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
             b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)

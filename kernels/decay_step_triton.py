@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_compile.kernels.decay_configs import StepConfig, step_config
+from fla_compile.kernels.decay_heads import state_heads
 from fla_compile.kernels.decay_step_checks import check_steps
 from fla_compile.kernels.decay_triton_common import device_arch
 from fla_compile.kernels.launch import Launch, layout, remember
@@ -149,9 +150,9 @@ def step_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None, scale: float,
     *, gv: Tensor | None = None, u: Tensor | None = None, before: bool = False, config: StepConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs [B, T, H, V] in v's dtype and the final state [B, H, K, V] in float32; g and gv are logarithms."""
-    B, _, H, K = q.shape
-    final = torch.empty((B, H, K, v.shape[-1]), dtype=torch.float32, device=q.device)
+    """Outputs [B, T, max(H, HQ), V] in v's dtype, final state [B, H, K, V] in float32; g and gv are logarithms."""
+    H, K = state_heads(k, v, g, initial_state), q.shape[-1]
+    final = torch.empty((q.shape[0], H, K, v.shape[-1]), dtype=torch.float32, device=q.device)
     return _launch(q, k, v, g, gv, u, initial_state, final, True, before, scale, config), final
 
 

@@ -21,15 +21,16 @@ import torch
 import triton
 import triton.language as tl
 
+from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_forward
+from fla_compile.kernels.decay_heads import output_heads, spread, spread_decay
 from fla_compile.kernels.decay_triton_bwd import chunk_backward
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
     NO_DECAY,
     SplitPlan,
     as_decay,
-    check_shapes,
     chunk_program,
     launch_key_scores,
     launch_split,
@@ -99,24 +100,27 @@ def chunk_forward(
     config: Config | None = None,
     scans: Scans | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32.
+    """Outputs [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32, H heads as the output has.
 
+    Operands that heads share (`decay_heads`) the fused launch reads where they lie; for the split one they are spread.
     `config` asks for the split launch and `scans` for the fused one, in place of the tables' choice. Raises ValueError
     for dtypes, sizes or shapes that do not fit.
     """
-    kind = check_shapes(q, k, v, g)
-    B, _, H, K = q.shape
+    H = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=H)
+    B, T, _, K = q.shape
     V = v.shape[-1]
     if B * H == 0:
-        return torch.empty_like(v), torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
+        return v.new_empty(B, T, H, V), torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
     with torch.cuda.device_of(q):
         if config is None and scans is None:
-            scans = plan_scans(q, v, kind, forward=True)
+            scans = plan_scans(q, v, kind, heads=H, forward=True)
         if scans is not None:
             return scan_forward(scans, q, k, v, g, h0, scale)
+        q, k, v, g = *(spread(x, 2, H) for x in (q, k, v)), spread_decay(g, H)
         return _launch_all(plan_launch(q, v, kind, config, forward=True), q, k, v, g, h0, scale)
 
 

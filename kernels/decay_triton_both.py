@@ -19,11 +19,12 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels import decay_cpu
+from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import LARGEST_BOTH, Config, both_config
 from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES
 from fla_compile.kernels.decay_scan_both import chain_both_kernel, chunk_scan_both_kernel, step_scan_both_kernel
 from fla_compile.kernels.decay_segments import segment_count
-from fla_compile.kernels.decay_triton_common import check_shapes, device_arch, multiprocessors
+from fla_compile.kernels.decay_triton_common import device_arch, multiprocessors
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 
 __all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range"]

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward
+from fla_compile.kernels.decay_heads import output_heads, spread, spread_decay, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_segments import chain_segments
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
@@ -23,7 +25,6 @@ from fla_compile.kernels.decay_triton_common import (
     NO_DECAY,
     SplitPlan,
     as_decay,
-    check_shapes,
     chunk_program,
     launch_key_scores,
     launch_split,
@@ -161,25 +162,29 @@ def chunk_backward(
     `config` and `scans` as for `chunk_forward`. Without `need_dg` dg may be None too. Raises ValueError for dtypes,
     sizes or shapes that do not fit.
     """
-    kind = check_shapes(q, k, v, g)
+    H = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=H)
     q, k, v, do = q.contiguous(), k.contiguous(), v.contiguous(), do.to(q.dtype).contiguous()
     g = None if g is None else g.contiguous()
     h0 = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
-    B, _, H, K = q.shape
+    B, _, _, K = q.shape
     V = v.shape[-1]
     if B * H == 0:
         dg, dh0 = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (g, h0))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, dh0
     with torch.cuda.device_of(q):
         if config is None and scans is None and scale != 0:  # the fused launch divides by it
-            scans = plan_scans(q, v, kind, need_dg=need_dg)
+            scans = plan_scans(q, v, kind, heads=H, need_dg=need_dg)
         if scans is not None:
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
-        plan = plan_launch(q, v, kind, config)
+        qs, ks, vs = (spread(x, 2, H) for x in (q, k, v))
+        plan = plan_launch(qs, vs, kind, config)
         dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
-        dq, dk, dv, dg = _launch_all(plan, q, k, v, g, h0, scale, do, dht, dh0)
-        return dq, dk, dv, sum_shares(plan, dg), dh0
+        dq, dk, dv, dg = _launch_all(plan, qs, ks, vs, spread_decay(g, H), h0, scale, do, dht, dh0)
+        dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
+        dg = sum_shares(plan, dg)
+        return dq, dk, dv, dg if dg is None or g is None else sum_decay_heads(dg, g), dh0
 
 
 @compiled_together

@@ -270,30 +270,6 @@ def pad_block(size: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
-def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None) -> str:
-    """The kind of decay that g is; raises ValueError for dtypes, sizes or shapes that do not fit."""
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}, q has {q.dtype}")
-        if x.shape[:3] != q.shape[:3]:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, q has {tuple(q.shape)}")
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)}, q has {tuple(q.shape)}")
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    if not (1 <= K <= 256 and 1 <= V <= 512):
-        raise ValueError(f"K must be between 1 and 256 and V between 1 and 512, got {K} and {V}")
-    shapes = {"none": None, "constant": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
-    shape = None if g is None else tuple(g.shape)
-    dims = {None: "none", 1: "constant", 3: "scalar", 4: "vector"}
-    kind = dims.get(None if g is None else g.dim())
-    if kind is None or shape != shapes[kind]:
-        raise ValueError(f"g has shape {shape}; expected {(H,)}, {(B, T, H)} or {(B, T, H, K)}")
-    return kind
-
-
 def plan_launch(
     q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None, *, forward: bool = False
 ) -> SplitPlan:

@@ -1,14 +1,16 @@
 """The fused launch of the decayed outer product on packed sequences, as they lie: no padding, gathering or copies.
 
 Shapes: q, k [1, T, H, K]; v [1, T, H, V]; g absent, [H], [1, T, H] or [1, T, H, K]; states [N, H, K, V]; cu_seqlens
-[N + 1]. Segments of time are its programs already (`decay_fused`); here they come from a table (`decay_segments`).
+[N + 1]; operands that heads share have fewer (`decay_heads`). The programs of `decay_fused` are segments of time
+already; here these come from a table (`decay_segments`).
 """
 
 import torch
 from torch import Tensor
 
+from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_fused import Scans, pack_scans, plan_scans, scan_backward, scan_forward
-from fla_compile.kernels.decay_triton_common import check_shapes
+from fla_compile.kernels.decay_heads import output_heads
 from fla_compile.kernels.packed import sequence_bounds
 
 __all__ = ["packed_backward", "packed_forward"]
@@ -34,11 +36,12 @@ def packed_forward(
     `scans` and `longest`, the most steps of a segment, are asked for in place of the table's choice. Raises ValueError
     for dtypes, sizes or shapes that do not fit, and for sequences that are empty or do not end at T.
     """
-    kind = check_shapes(q, k, v, g)
+    heads = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=heads)
     if not _fits(q):
         return None
     with torch.cuda.device_of(q):
-        scans = scans or plan_scans(q, v, kind)
+        scans = scans or plan_scans(q, v, kind, heads=heads)
         if scans is None:
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
@@ -64,16 +67,17 @@ def packed_backward(
     """Gradients (dq, dk, dv, dg, dh0), dg and dh0 in float32; None where there is no fused launch, as for a scale
     of zero, which it divides by. Arguments and errors as for `packed_forward`.
     """
-    kind = check_shapes(q, k, v, g)
+    heads = output_heads(q, k, v, g, initial_state)
+    kind = check_shapes(q, k, v, g, heads=heads)
     if not _fits(q) or scale == 0:
         return None
     with torch.cuda.device_of(q):
-        scans = scans or plan_scans(q, v, kind, need_dg=need_dg)
+        scans = scans or plan_scans(q, v, kind, heads=heads, need_dg=need_dg)
         if scans is None:
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        do = torch.zeros_like(v) if do is None else do.to(q.dtype).contiguous()
+        do = v.new_zeros(*v.shape[:2], heads, v.shape[-1]) if do is None else do.to(q.dtype).contiguous()
         h0, dht = _contiguous(initial_state), _contiguous(dht)
         return scan_backward(scans, q, k, v, _contiguous(g), h0, scale, do, dht, need_dg=need_dg, packing=packing)
 

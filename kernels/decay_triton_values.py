@@ -22,11 +22,12 @@ forward is the pass for dq' alone; the backward has all of them, since dgv sums 
 import torch
 from torch import Tensor
 
+from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward, scan_query_grad
 from fla_compile.kernels.decay_triton import launch_outputs
 from fla_compile.kernels.decay_triton_bwd import launch_gradients
-from fla_compile.kernels.decay_triton_common import check_shapes, launch_key_scores, launch_states, plan_launch
+from fla_compile.kernels.decay_triton_common import launch_key_scores, launch_states, plan_launch
 from fla_compile.kernels.decay_triton_grads import launch_query_grads
 
 __all__ = ["chunk_backward", "chunk_forward"]

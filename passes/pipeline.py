@@ -19,6 +19,7 @@ from fla_compile.passes.match_short_conv import match_short_conv
 from fla_compile.passes.records import Refusal, Refused, Rewrite
 from fla_compile.passes.recurrence import Elementwise, Generic, Recurrence, Stage
 from fla_compile.passes.scans import nested_graphs
+from fla_compile.passes.share_heads import share_heads
 from fla_compile.passes.share_states import share_states
 from fla_compile.passes.step import Step
 from fla_compile.passes.updates import written_at
@@ -104,5 +105,6 @@ def run_passes(
                 rewrites += matched.rewrites
                 refusals += [(refusal, None) for refusal in matched.refusals]
                 seconds += matched.validation_seconds
+        seconds += share_heads(region, validated=options.validate)
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)

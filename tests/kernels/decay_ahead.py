@@ -20,6 +20,8 @@ POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
 WIDE |= {"p_u", "p_sums", "p_carry"}
 NO_SUMS = "p_e", "p_h", "p_sums", "p_carry"
+# Of the heads, how many share an operand.
+UNSHARED = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1)
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch, where it sets aside up to twelve.
@@ -126,7 +128,7 @@ def compile_kernel(kernel, constants, row, kind, precision):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config, constants = TABLE[row][0], dict(constants, PRECISION=precision)
+    config, constants = TABLE[row][0], UNSHARED | dict(constants, PRECISION=precision)
     wide = set(WIDE)
     if kind == "vector" and kernel is decay_triton_grads.chunk_query_key_grad_kernel:
         wide |= {"p_dq", "p_dk"}

@@ -125,7 +125,7 @@ def _x(*shape, dtype=torch.float32, device="cpu"):
         ({"initial_state": _x(3, 4, 6)}, "initial_state must have 4 dimensions, got 3"),
         ({"k": _x(1, 5, 3, 4)}, "k has B=1, q has B=2"),
         ({"v": _x(2, 6, 3, 6)}, "v has T=6, q has T=5"),
-        ({"k": _x(2, 5, 1, 4)}, "k has H=1, q has H=3"),
+        ({"k": _x(2, 5, 2, 4)}, "k has H=2, q has H=3"),
         ({"k": _x(2, 5, 3, 8)}, "k has K=8, q has K=4"),
         ({"g": _x(2, 5, 3, 1)}, "g has K=1, q has K=4"),
         ({"g": _x(2, 4, 3, 4)}, "g has T=4, q has T=5"),
@@ -152,7 +152,7 @@ def test_bad_input_is_named(change, message):
     ("family", "gate", "message"),
     [
         ("simple_gla", _x(2, 5, 3, 4), "g must have 3 dimensions, got 4"),
-        ("simple_gla", _x(2, 5, 1), "g has H=1, q has H=3"),
+        ("simple_gla", _x(2, 5, 2), "g has H=2, q has H=3"),
         ("retention", _x(2), "gamma has H=2, q has H=3"),
         ("retention", _x(2, 3), "gamma must have 1 dimensions, got 2"),
         ("retention", _x(3, dtype=torch.int64), "gamma must be floating point, got torch.int64"),
