@@ -37,6 +37,7 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
 )
 from fla_compile.kernels.decay_scan_gates import channel_sums, halves, load_gates, load_row
+from fla_compile.kernels.decay_scan_sums import sums_before
 from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
@@ -53,7 +54,7 @@ def path_sums(b_to, b_from, o_c, dtype: tl.constexpr):
         b_fromh, b_froml = halves(b_from, dtype)
         return tl.dot(m_from, b_froml, tl.dot(m_from, b_fromh, tl.dot(m_to, b_tol, tl.dot(m_to, b_toh))))
     else:
-        return tl.cumsum(b_to, 0, reverse=True) + (tl.cumsum(b_from, 0) - b_from)
+        return tl.cumsum(b_to, 0, reverse=True) + sums_before(b_from, 0)
 
 
 @triton.jit

@@ -16,6 +16,8 @@ __all__ = ["Scans", "pack_scans", "plan_scans"]
 
 # Programs that run side by side on a multiprocessor before it is full.
 RESIDENT = 2
+# Steps of the shortest segment, of chunks up to 32 and of longer ones, whose states cost less beside them.
+SHORTEST = 128, 64
 # So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
 FEW_STEPS = 16
 
@@ -87,7 +89,7 @@ def _plan(
     chunk = _chunk(wide, tall, states)
     if segments is None:
         cut = _cutting(device, H, V if tall is wide else K, V, wide, tall, states)
-        segments = segment_count(T, steps=B * T, chunk=chunk, **cut)
+        segments = segment_count(T, steps=B * T, **cut)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
@@ -103,8 +105,9 @@ def _cutting(
 ) -> dict[str, int]:
     """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
     other = triton.cdiv(K, tall.block_v) if states is None else triton.cdiv(V, states.block_v)
-    programs = H * min(triton.cdiv(V, wide.block_v), other)
-    return dict(programs=programs, room=RESIDENT * multiprocessors(device), resident=RESIDENT)
+    programs, chunk = H * min(triton.cdiv(V, wide.block_v), other), _chunk(wide, tall, states)
+    room = RESIDENT * multiprocessors(device)
+    return dict(programs=programs, chunk=chunk, room=room, resident=RESIDENT, shortest=max(chunk, SHORTEST[chunk > 32]))
 
 
 def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device, longest: int | None = None) -> Packing:
@@ -113,4 +116,4 @@ def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device,
     `longest` asks for segments of about so many steps at most, in place of what fills the device.
     """
     cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall, plan.states)
-    return pack(bounds, device, chunk=plan.chunk, state_chunk=plan.tall.chunk, longest=longest, **cut)
+    return pack(bounds, device, state_chunk=plan.tall.chunk, longest=longest, **cut)

@@ -28,8 +28,9 @@ diagonal, dk' the part of dk that goes through D, for each channel
     dg_t = sum over the other axis of e^L S D + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
 
 in which pairs of rows before t are not met and those after it cancel; what is left of a pair that grew by e^x (g > 0)
-is 2^-24 e^x, in the gates' gradients alone. Of the gate over values it is the same with do, o, v and dv in the places
-of q, dq, k and dk. The pass for dq (or o) writes q dq and S, the pass for dk (or dv) adds the others.
+is 2^-24 e^x, in the gates' gradients alone. k_t dk'_t, which no decay before t cuts, is not added to be taken away
+again. Of the gate over values it is the same with do, o, v and dv in the places of q, dq, k and dk. The pass for dq (or
+o) writes q dq and S, the pass for dk (or dv) adds the others.
 """
 
 import triton
@@ -47,6 +48,7 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
 )
 from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
+from fla_compile.kernels.decay_scan_sums import sums_before
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chain_both_kernel", "chunk_scan_both_kernel", "step_scan_both_kernel"]
@@ -89,8 +91,7 @@ def load_row_gates(p_g, o_col, WIDTH: tl.constexpr):
 @triton.jit
 def add_key_share(p_dg, b_k, b_dk, b_inside, b_across, s_y, o_row, o_w, m_w, W: tl.constexpr):
     """Completes dg of a chunk, from k, dk' and dk"."""
-    b_to = b_k * b_dk
-    b_dg = b_across[None, :] + (tl.cumsum(b_to, 0) - b_to) - tl.cumsum(b_k * b_inside, 0, reverse=True)
+    b_dg = (sums_before(b_k * b_dk, 0) - tl.cumsum(b_k * b_inside, 0, reverse=True)) + b_across[None, :]
     store_tile(p_dg, load_tile(p_dg, o_row, o_w, m_w, W) + b_dg * s_y, o_row, o_w, m_w, W)
 
 

@@ -25,10 +25,22 @@ from torch import Tensor
 
 from fla_compile.kernels.decay_segments import COLUMNS
 
-__all__ = ["SUMS", "Sums", "row_decay_grad_kernel"]
+__all__ = ["SUMS", "Sums", "row_decay_grad_kernel", "sums_before"]
 
 # Sums a row and block of columns: q . dq, k . dk" and k . dk'.
 SUMS = tl.constexpr(3)
+
+
+@triton.jit
+def add_before(a_0, a_1, b_0, b_1):
+    return a_0 + a_1 + b_0, b_1
+
+
+@triton.jit
+def sums_before(b_x, axis: tl.constexpr):
+    """sum_{j < t} x_j. Taken from the sum up to t, x_t would leave its rounding where a decay has cut all before it."""
+    b_sum, _ = tl.associative_scan((tl.zeros_like(b_x), b_x), axis, add_before)
+    return b_sum
 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "n_p"])
@@ -70,7 +82,7 @@ def row_decay_grad_kernel(
             b_from += tl.load(p_t + 2 * NW * T, mask=m_t, other=0.0)
             p_s = p_carry + (((i_first + o_h * n_c + i_c) * NW + i_w) * N)[:, None] + o_n[None, :]
             b_across += tl.sum(tl.load(p_s, mask=m_h[:, None], other=0.0), 1)
-        b_dg = b_across[:, None] + tl.cumsum(b_to, 1, reverse=True) + (tl.cumsum(b_from, 1) - b_from)
+        b_dg = b_across[:, None] + tl.cumsum(b_to, 1, reverse=True) + sums_before(b_from, 1)
         tl.store(p_dg + ((i_b * T + o_t) * H)[None, :] + o_h[:, None], b_dg, mask=m_t)
 
 

@@ -23,8 +23,10 @@ from fla_compile.kernels.launch import Launch, layout, remember
 
 __all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments", "pack", "segment_count"]
 
-# A segment shorter than this many chunks costs more in states than it gains.
+# A segment shorter than this many chunks, unless its launch knows better, costs more in states than it gains; so does a
+# cut in two.
 SHORTEST = 4
+FEWEST = 3
 # Of a factor 2^x each half must be a number: the largest x that one segment may have.
 HIGHEST = tl.constexpr(254.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -127,15 +129,18 @@ def chain_segments(
     launch(u, gt, s0, st, float(s_in), float(s_st))
 
 
-def segment_count(length: int, *, steps: int, programs: int, chunk: int, room: int, resident: int) -> int:
+def segment_count(
+    length: int, *, steps: int, programs: int, chunk: int, room: int, resident: int, shortest: int | None = None
+) -> int:
     """Into how many segments to cut a sequence of `length` of all `steps`, with `programs` programs for each step.
 
     A device has room for so many programs, `resident` of them on a multiprocessor. What is more than `resident` times
-    as long as the work there is for each of that room is cut into pieces about that long.
+    as long as the work there is for each of that room is cut into pieces about that long, of `shortest` steps at least.
     """
     if length <= programs * steps // (room // resident):
         return 1
-    return max(1, min(length // (SHORTEST * chunk), length * room // (programs * steps)))
+    count = min(length // (shortest or SHORTEST * chunk), length * room // (programs * steps))
+    return count if count >= FEWEST else 1
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Packing:
 
 def pack(
     bounds: list[tuple[int, int]], device: torch.device, *, chunk: int, state_chunk: int, programs: int, room: int,
-    resident: int, longest: int | None = None,
+    resident: int, shortest: int | None = None, longest: int | None = None,
 ) -> Packing:  # fmt: skip
     """The packing of sequences from `bounds[n][0]` up to `bounds[n][1]` steps, in one copy to the device.
 
@@ -191,7 +196,8 @@ def pack(
         if longest is not None:
             count = _ceil(length, longest)
         else:
-            count = segment_count(length, steps=steps, programs=programs, chunk=chunk, room=room, resident=resident)
+            cutting = dict(programs=programs, chunk=chunk, room=room, resident=resident, shortest=shortest)
+            count = segment_count(length, steps=steps, **cutting)
         size = _ceil(_ceil(length, chunk), count) * chunk
         if size < length:
             cut.append((joint, _ceil(length, size) - 1, sequence, 0, 0, 0, 0, 0))

@@ -31,7 +31,10 @@ ROW_DECAY = tl.constexpr(2)
 KEY_DECAY = tl.constexpr(3)
 KINDS = {"none": 0, "constant": 1, "scalar": 2, "vector": 3}
 # Warps of sweeps that run side by side on a multiprocessor: with fewer they wait for memory, their state on chip.
+# Under a gate a key a sweep computes more than it waits.
 WARPS = 16
+# Chunks from which on a sweep is worth the pass that sums up its segments.
+LONG_SWEEP = 64
 
 SUB = tl.constexpr(16)
 # exp(-104) is 0 in fp32, so a larger drop in one step changes nothing; this also keeps -inf out of the sums.
@@ -284,12 +287,14 @@ def plan_launch(
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
         config = configs[0]
     blocks = pad_block(K, config.block_k), pad_block(V, config.block_v)
-    resident = WARPS // config.num_warps
-    segments = segment_count(
-        T, steps=B * T, programs=H * triton.cdiv(K, blocks[0]) * triton.cdiv(V, blocks[1]), chunk=config.chunk,
-        room=resident * multiprocessors(q.device), resident=resident,
-    )  # fmt: skip
     chunks = triton.cdiv(T, config.chunk)
+    segments = 1
+    if chunks >= LONG_SWEEP:
+        resident = 1 if kind == "vector" else WARPS // config.num_warps
+        segments = segment_count(
+            T, steps=B * T, programs=H * triton.cdiv(K, blocks[0]) * triton.cdiv(V, blocks[1]), chunk=config.chunk,
+            room=resident * multiprocessors(q.device), resident=resident,
+        )  # fmt: skip
     segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
     return SplitPlan(B, T, H, K, V, kind, config, *blocks, precision(q), q.device, segments)
 

@@ -20,10 +20,11 @@ import torch
 from torch import fx
 
 from fla_compile.passes.log_decay import Log
-from fla_compile.passes.lowering import TIME, Layout, Lowering
+from fla_compile.passes.lowering import TIME, Layout, Lowering, factor_dtype
 from fla_compile.passes.normal_form import Factor, Labels
 from fla_compile.passes.recurrence import Recurrence
 from fla_compile.passes.share_heads import HEADS
+from fla_compile.passes.step import Step
 
 OPS = {"gla": "gla_values"}  # where values decay
 SHARING = {"linear_attention", "retention", "simple_gla", "gla"}
@@ -34,6 +35,17 @@ def lower_recurrence(low: Lowering, r: Recurrence, logs: dict[fx.Node, fx.Node],
     _Kernel(low, r, logs).emit(final)
 
 
+def operand_dtype(step: Step, r: Recurrence) -> torch.dtype:
+    """The type of the kernel's q, k and v."""
+    state = step.carries[r.carry].meta["val"]
+    types = [factor_dtype(step, f, state.dtype) for f in (r.q, r.k, r.v)]
+    own = torch.promote_types(torch.promote_types(types[0], types[1]), types[2])
+    wide = torch.float64 if torch.float64 in (own, state.dtype) else torch.float32
+    # Narrow operands that the program widens stay narrow for tensor cores only: a kernel's output is as narrow.
+    widened = r.read is not None and r.read.meta["val"].dtype == wide
+    return wide if wide == torch.float64 or (state.device.type == "cpu" and widened) else own
+
+
 class _Kernel:
     def __init__(self, low: Lowering, r: Recurrence, logs: dict[fx.Node, fx.Node]):
         self.low, self.r, self.logs = low, r, logs
@@ -41,13 +53,8 @@ class _Kernel:
         self.sharing = False  # whether operands may have fewer heads
         state = low.step.carries[r.carry].meta["val"]
         self.state_dtype, self.device = state.dtype, state.device
-        types = [low.factor_dtype(f, state.dtype) for f in (r.q, r.k, r.v)]
-        self.dtype = torch.promote_types(torch.promote_types(types[0], types[1]), types[2])
+        self.dtype = operand_dtype(low.step, r)
         self.wide = torch.float64 if torch.float64 in (self.dtype, state.dtype) else torch.float32
-        # Narrow operands that the program widens stay narrow for tensor cores only: a kernel's output is as narrow.
-        widened = r.read is not None and r.read.meta["val"].dtype == self.wide
-        if self.wide == torch.float64 or (self.device.type == "cpu" and widened):
-            self.dtype = self.wide
 
     def layout(self, *axes: tuple[int, ...], heads: Labels | None = None) -> Layout:
         return Layout((self.r.batch, (TIME,), self.r.heads if heads is None else heads, *axes))
@@ -67,7 +74,7 @@ class _Kernel:
     ) -> fx.Node:
         """Factors as [B,T,H,...] in the kernel's type."""
         low = self.low
-        have = low.factor_dtype(factors, self.state_dtype)
+        have = factor_dtype(low.step, factors, self.state_dtype)
         layout = self.layout(*axes, heads=self.own_heads(factors) if heads is None else heads)
         tensor = low.cast(low.operand(factors, layout, self.state_dtype, self.device), have, self.dtype)
         if coef != 1.0:
@@ -199,7 +206,7 @@ class _Kernel:
         if not r.bonus:
             return None
         layout = Layout((r.heads, r.keys))
-        have = self.low.factor_dtype(r.bonus, self.state_dtype)
+        have = factor_dtype(self.low.step, r.bonus, self.state_dtype)
         return self.low.cast(self.low.operand(r.bonus, layout, self.state_dtype, self.device), have, self.wide)
 
     def initial(self) -> fx.Node | None:

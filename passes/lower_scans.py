@@ -15,7 +15,7 @@ from torch import fx
 
 from fla_compile.kernels.loop_ops import register_step
 from fla_compile.passes.fission import Delay, Window
-from fla_compile.passes.lowering import TIME, Layout, Looped, Lowering, extract
+from fla_compile.passes.lowering import TIME, Layout, Looped, Lowering, extract, factor_dtype
 from fla_compile.passes.normal_form import Factor
 from fla_compile.passes.records import Refused
 from fla_compile.passes.recurrence import Elementwise, Generic, Selective
@@ -70,7 +70,7 @@ def lower_elementwise(low: Lowering, stage: Elementwise, final: dict[int, fx.Nod
     dims = Layout(((TIME,), *stage.dims))
     x = low.call(torch.reshape, written, [1, low.length, -1])
     decay = low.operand(stage.decay, dims, dtype, carry.meta["val"].device)
-    decay = low.cast(decay, low.factor_dtype(stage.decay, dtype), dtype)
+    decay = low.cast(decay, factor_dtype(low.step, stage.decay, dtype), dtype)
     if stage.decay_coef != 1.0:
         decay = low.call(torch.mul, decay, stage.decay_coef)
     a = low.call(torch.reshape, decay, [1, low.length, -1])

@@ -77,6 +77,14 @@ def used_operands(step: Step, operands: Sequence[fx.Node], results: Sequence[fx.
     return [node for node in operands if node in seen]
 
 
+def factor_dtype(step: Step, factors: Sequence[Factor], state: torch.dtype) -> torch.dtype:
+    """The type of the factors' product: that of a single one, else the state's."""
+    if len(factors) == 1:
+        own = step.atoms[factors[0].atom].node.meta["val"].dtype
+        return own if own.is_floating_point else state
+    return state
+
+
 @dataclass(frozen=True)
 class Layout:
     """An operand's axes, each made of the labels of one role, in the order that a kernel wants."""
@@ -246,13 +254,6 @@ class Lowering:
     def labels_of(self, factors: Sequence[Factor]) -> set[int]:
         timed = any(self.step.is_timed(f) for f in factors)
         return {label for f in factors for label in f.labels} | ({TIME} if timed else set())
-
-    def factor_dtype(self, factors: Sequence[Factor], state: torch.dtype) -> torch.dtype:
-        """The type of the factors' product: that of a single one, else the state's."""
-        if len(factors) == 1:
-            own = self.step.atoms[factors[0].atom].node.meta["val"].dtype
-            return own if own.is_floating_point else state
-        return state
 
     def restored(
         self, tensor: fx.Node, layout: Layout, dims: tuple[Labels, ...], timed: bool, dropped: Sequence[int] = ()

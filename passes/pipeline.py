@@ -8,6 +8,7 @@ from torch import fx
 
 from fla_compile.kernels import decay_ops, delta_ops, linear_scan, rwkv6_ops, selective_scan, short_conv  # noqa: F401
 from fla_compile.passes.fission import Delay, Window
+from fla_compile.passes.lower_recurrence import operand_dtype
 from fla_compile.passes.match_cross_entropy import match_cross_entropy
 from fla_compile.passes.match_linear_cross_entropy import match_linear_cross_entropy
 from fla_compile.passes.match_linear_kl_div import match_linear_kl_div
@@ -70,7 +71,7 @@ def kernel_for(step: Step, stage: Stage) -> str:
         reason = ops.supports(own, device, state.dtype, *sizes)
         name = "chunk (matrix products)"
         if ops is decay_ops:
-            name = decay_ops.kernel_name(own, device, state.dtype, *sizes)
+            name = decay_ops.kernel_name(own, device, operand_dtype(step, stage), *sizes)
     else:
         scan = linear_scan if isinstance(stage, Elementwise) else selective_scan
         reason = scan.supports(device, state.dtype)

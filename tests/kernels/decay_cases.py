@@ -78,6 +78,7 @@ def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
         "zero": torch.zeros(shape),
         "weak": weak,
         "strong": g,
+        "steep": torch.full(shape, -20.0),
         "very_strong": torch.full(shape, -100.0),
         "resets": torch.where(some < 0.05, -100.0, weak),
         "hard_resets": torch.where(some < 0.05, -1e4, weak),

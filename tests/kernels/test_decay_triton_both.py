@@ -64,6 +64,7 @@ def interpret() -> None:
         (both_case(1, V=5), torch.float32, 1),
         (both_case(24, "growing", "resets", K=20), torch.float32, 2),
         (both_case(17, "very_strong", "very_strong"), torch.float32, 1),
+        (both_case(19, "steep", "steep"), torch.float32, 1),
         (both_case(24, "weak", V=20), torch.float16, 1),
         (both_case(17, "hard_resets", "mixed"), torch.float16, 1),
     ):
@@ -118,7 +119,7 @@ def operator() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9
+    assert interpreted(__file__) == 10
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_compiles(arch, size, part):
 GPU = {
     torch.bfloat16: [
         *(both_case(192, *decays, H=2, K=128, V=128) for decays in (("strong", "weak"), ("weak", "strong"))),
-        both_case(192, "very_strong", "very_strong", H=2, K=128, V=128),
+        *(both_case(192, decay, decay, H=2, K=128, V=128) for decay in ("steep", "very_strong")),
         both_case(192, "resets", "hard_resets", H=2, K=128, V=128),
         both_case(192, "mixed", H=2, K=64, V=64),
         both_case(1000, "weak", B=2, H=3, K=72, V=40),

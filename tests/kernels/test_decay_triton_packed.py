@@ -25,6 +25,7 @@ from fla_compile.kernels import (  # noqa: E402
     decay_fused,
     decay_naive,
     decay_ops,
+    decay_plan,
     decay_segments,
     decay_triton,
     decay_triton_common,
@@ -214,7 +215,7 @@ def test_the_table(lengths, H):
     assert sizes == sorted(sizes, reverse=True) and packing.sequences == len(lengths)
     # no program works longer than its share of the device, of which two run at once, or a few chunks
     share = sum(lengths) * H * 2 / (2 * 132)
-    assert sizes[0] <= max(2 * share, 2 * decay_segments.SHORTEST * scans.chunk)
+    assert sizes[0] <= max(2 * share, decay_segments.FEWEST * decay_plan.SHORTEST[1])
     firsts, state = [], 0
     for start, end, *_ in rows:  # chunks are found by their first ones, which ascend
         firsts.append(state)

@@ -245,6 +245,16 @@ def test_a_kernel_that_refuses(monkeypatch):
     assert_looped(fn, operands("bthk bthk bthv bthk", k=16, v=24), "no_kernel", "Tuesday")
 
 
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """What is asked of kernels is asked for CUDA."""
+    from fla_compile.passes import pipeline
+
+    for name in ("kernel_name", "supports"):
+        known = getattr(pipeline.decay_ops, name)
+        monkeypatch.setattr(pipeline.decay_ops, name, lambda own, _, *args, known=known: known(own, "cuda", *args))
+
+
 @pytest.mark.parametrize(
     ("axes", "sizes", "kernel"),
     [
@@ -255,13 +265,7 @@ def test_a_kernel_that_refuses(monkeypatch):
     ],
     ids=["values", "wide", "many keys", "both"],
 )
-def test_what_runs_a_decay_over_values_on_cuda(monkeypatch, axes, sizes, kernel):
-    from fla_compile.passes import pipeline
-
-    for name in ("kernel_name", "supports"):
-        known = getattr(pipeline.decay_ops, name)
-        monkeypatch.setattr(pipeline.decay_ops, name, lambda own, _, *args, known=known: known(own, "cuda", *args))
-
+def test_what_runs_a_decay_over_values_on_cuda(on_cuda, axes, sizes, kernel):
     def fn(q, k, v, w, g=None):
         S, o = bare(q, v), torch.zeros_like(v)
         for t in range(q.shape[1]):
@@ -274,6 +278,20 @@ def test_what_runs_a_decay_over_values_on_cuda(monkeypatch, axes, sizes, kernel)
 
     report = assert_rewritten(fn, operands(f"bthk bthk bthv {axes}", **sizes), "gla")
     assert [r.kernel for r in report.rewrites] == [kernel]
+
+
+def test_operands_and_not_the_state_say_what_runs(on_cuda):
+    def fn(q, k, v, g, w):
+        S, o = bare(q, v).float(), torch.zeros_like(v)
+        for t in range(q.shape[1]):
+            S = S * g[:, t].sigmoid()[..., None] * w[:, t].sigmoid()[..., None, :]
+            S = S + k[:, t][..., None] * v[:, t][..., None, :]
+            o[:, t] = (q[:, t][..., None] * S).sum(-2).to(v.dtype)
+        return o
+
+    args = operands("bthk bthk bthv bthk bthv", dtype=torch.bfloat16)
+    report = assert_rewritten(fn, args, "gla")
+    assert [r.kernel for r in report.rewrites] == ["chunk (Triton)"]
 
 
 def test_disabled():
