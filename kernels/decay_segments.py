@@ -196,8 +196,9 @@ def pack(
         if longest is not None:
             count = _ceil(length, longest)
         else:
-            cutting = dict(programs=programs, chunk=chunk, room=room, resident=resident, shortest=shortest)
-            count = segment_count(length, steps=steps, **cutting)
+            count = segment_count(
+                length, steps=steps, programs=programs, chunk=chunk, room=room, resident=resident, shortest=shortest
+            )
         size = _ceil(_ceil(length, chunk), count) * chunk
         if size < length:
             cut.append((joint, _ceil(length, size) - 1, sequence, 0, 0, 0, 0, 0))

@@ -92,6 +92,7 @@ def test_rule():
 def test_gpu(family, dtype, K, V, monkeypatch):
     """The table's split launch, and what the tables choose, with a last chunk and a last segment that are not whole."""
     monkeypatch.setattr(decay_triton_common, "LONG_SWEEP", 1)
+    monkeypatch.setattr(decay_segments, "SHORTEST", 1)
     case = Case(family, 1100, "weak", B=1, H=1, K=K, V=V)
     x = on_gpu(make_inputs(case, dtype))
     truth = naive_results(case, x, torch.float64)
