@@ -275,14 +275,17 @@ def plan_launch(
 ) -> SplitPlan:
     """The split launch of checked arguments, with the table's configuration unless one is given.
 
-    `forward` plans outputs alone.
+    `forward` plans outputs alone, in larger tiles where these fill the device or time is long.
     """
     B, T, H, K = q.shape
     V = v.shape[-1]
     if config is None:
-        row = kind, q.element_size(), max(K, V), shared_limit(q.device)
-        configs = configs_for(device_arch(q.device), "outputs", *row) if forward else ()
-        configs = configs or configs_for(device_arch(q.device), "split", *row)
+        arch, row = device_arch(q.device), (kind, q.element_size(), max(K, V), shared_limit(q.device))
+        configs = configs_for(arch, "split", *row)
+        for found in configs_for(arch, "outputs", *row) if forward else ():
+            programs = B * H * triton.cdiv(K, found.block_k) * triton.cdiv(V, found.block_v)
+            if programs >= multiprocessors(q.device) or T >= LONG_SWEEP * found.chunk:
+                configs = (found, *configs)
         if not configs:
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
         config = configs[0]

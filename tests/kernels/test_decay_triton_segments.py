@@ -86,6 +86,13 @@ def test_rule():
     assert segments(1, 2048, 4, 64, torch.float32) > 1
 
 
+@pytest.mark.parametrize(("B", "T", "H", "chunk"), [(1, 2048, 4, 64), (1, 8192, 4, 128), (8, 256, 32, 128)])
+def test_larger_tiles_where_they_fill_the_device(B, T, H, chunk):
+    q = torch.empty(B, T, H, 256, dtype=torch.bfloat16, device="meta")
+    assert decay_triton_common.plan_launch(q, q, "scalar", None, forward=True).config.chunk == chunk
+    assert decay_triton_common.plan_launch(q, q, "scalar", None).config.chunk == 64
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "K", "V"), [(torch.bfloat16, 256, 256), (torch.float32, 40, 72)], ids=str)
