@@ -177,7 +177,7 @@ def scan_query_grad(
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
     h = new_states(plan, k)
     launch_states(plan, k, v, g, reverse=False, s0=h0, st=final, h=h)
-    launch_grads(plan, dq, k, v, do, g, h, None, dq, None, None, scale)
+    launch_grads(plan, None, k, v, do, g, h, None, dq, None, None, scale)
     return dq, ht
 
 

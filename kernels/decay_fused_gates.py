@@ -105,8 +105,8 @@ def _launch(
         if launch is None:
             # only the tiles of the table are known to compile to what they mean: smaller sizes are masked
             sizes = plan.T, plan.length, segments, plan.H, plan.K, plan.V, *tile
-            ways = (*flags, *(() if again is None else (again,)), plan.precision, *heads)
+            rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads)
             options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            launch = Launch(kernel, device, (programs,), (*sizes, *ways), **options)
+            launch = Launch(kernel, device, (programs,), (*sizes, *rest), **options)
             remember(_launches, key, launch)
         launch(*operands, *map(float, numbers))

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fla_compile.kernels.decay_heads import first_alike, output_heads, spread, state_heads
+from fla_compile.kernels.decay_heads import check_heads, first_alike, output_heads, spread, state_heads
 from fla_compile.kernels.packed import each_sequence
 
 __all__ = [
@@ -137,6 +137,7 @@ def _recur(
     w: Tensor | None = None,  # [B, T, H, V]
     u: Tensor | None = None,  # [H, K]; given, the state is read before the update
 ) -> tuple[Tensor, Tensor | None]:
+    check_heads(q, k, v, a, initial_state, "the decay")
     states = max(state_heads(k, v, a, initial_state), 0 if w is None else w.shape[2])
     heads = max(q.shape[2], states)
     q, k, v = (spread(x, 2, heads) for x in (q, k, v))

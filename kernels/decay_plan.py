@@ -12,7 +12,7 @@ from fla_compile.kernels.decay_scan_gates import largest_range
 from fla_compile.kernels.decay_segments import Packing, pack, segment_count
 from fla_compile.kernels.decay_triton_common import device_arch, multiprocessors, precision, shared_limit
 
-__all__ = ["Scans", "pack_scans", "plan_scans"]
+__all__ = ["FEW_STEPS", "Scans", "pack_scans", "plan_scans"]
 
 # Programs that run side by side on a multiprocessor before it is full.
 RESIDENT = 2
@@ -85,6 +85,8 @@ def _plan(
         found[launch] = rows[0]
     wide, states = found["wide"], found.get("states")
     tall = found.get("tall", found.get("grads", wide))
+    # what a pass leaves at the ends of chunks is read by chunks of `tall`
+    assert states is None or tall is wide or (states.chunk == tall.chunk and tall.chunk % wide.chunk == 0)
     # the two directions cut time alike, whatever their chunks
     chunk = _chunk(wide, tall, states)
     if segments is None:

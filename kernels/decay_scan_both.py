@@ -49,6 +49,7 @@ from fla_compile.kernels.decay_scan import (
 )
 from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import sums_before
+from fla_compile.kernels.decay_segments import times_power
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chain_both_kernel", "chunk_scan_both_kernel", "step_scan_both_kernel"]
@@ -316,6 +317,6 @@ def chain_both_kernel(
         tl.store(p_u + i_u * (X * W) + o_s, b_s, mask=m_s)
         b_t = tl.load(p_ta + i_u * X + o_s // W, mask=m_s, other=0.0)
         b_t += tl.load(p_tb + i_u * W + o_s % W, mask=m_s, other=0.0)
-        b_s = b_s * tl.exp2(b_t) + b_u
+        b_s = times_power(b_s, b_t) + b_u
     if p_st is not None:
         tl.store(p_st + i_bh.to(tl.int64) * (X * W) + o_s, b_s * s_st, mask=m_s)

@@ -41,10 +41,8 @@ from fla_compile.kernels.decay_scan import (
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = [
-    "PADDED",
     "channel_sums",
     "chunk_scan_rows_kernel",
-    "from_middle",
     "halves",
     "largest_range",
     "load_gates",

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from fla_compile.kernels.launch import Launch, layout, remember
 
-__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments", "pack", "segment_count"]
+__all__ = [
+    "COLUMNS",
+    "Packing",
+    "Part",
+    "chain_joints_kernel",
+    "chain_segments",
+    "pack",
+    "segment_count",
+    "times_power",
+]
 
 # A segment shorter than this many chunks, unless its launch knows better, costs more in states than it gains; so does a
 # cut in two.
@@ -35,9 +44,15 @@ COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
+def times_power(b_s, b_g):
+    """s 2^g in halves: a state is not lost to a factor beyond float32, and one of zero stays zero."""
+    b_f = tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
+    return b_s * b_f * b_f
+
+
+@triton.jit
 def decayed(b_s, p_gt, i_u, o_k, m_s, K: tl.constexpr, DECAY: tl.constexpr):
-    """A state after the decay of segment i_u, in halves: where decays grow, a state is not lost to a factor beyond
-    float32, and one of zero stays zero."""
+    """A state after the decay of segment i_u."""
     if DECAY == 0:
         return b_s
     else:
@@ -45,8 +60,7 @@ def decayed(b_s, p_gt, i_u, o_k, m_s, K: tl.constexpr, DECAY: tl.constexpr):
             b_g = tl.load(p_gt + i_u * K + o_k, mask=m_s, other=0.0)
         else:
             b_g = tl.load(p_gt + i_u) * LOG2_E
-        b_f = tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
-        return b_s * b_f * b_f
+        return times_power(b_s, b_g)
 
 
 @triton.jit(do_not_specialize=["H", "n_s"])

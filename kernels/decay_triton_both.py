@@ -21,6 +21,7 @@ from torch import Tensor
 from fla_compile.kernels import decay_cpu
 from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import LARGEST_BOTH, Config, both_config
+from fla_compile.kernels.decay_plan import FEW_STEPS
 from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES
 from fla_compile.kernels.decay_scan_both import chain_both_kernel, chunk_scan_both_kernel, step_scan_both_kernel
 from fla_compile.kernels.decay_segments import segment_count
@@ -29,8 +30,6 @@ from fla_compile.kernels.launch import Launch, compiled_together, layout, rememb
 
 __all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range"]
 
-# So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
-FEW_STEPS = 16
 STEP_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
@@ -176,7 +175,8 @@ def chunk_backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor, initial_state: Tensor | None, scale: float, do: Tensor,
     dht: Tensor | None, *, config: Config | None = None, limit: float | None = None, segments: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients (dq, dk, dv, dg, dgv, dh0); the last three in float32, dh0 None without an initial state.
+    """Gradients (dq, dk, dv, dg, dgv, dh0); the last three in float32 (as their inputs where
+    matrix products stand in), dh0 None without an initial state.
 
     The choices are those of `chunk_forward`. Raises ValueError for dtypes, sizes or shapes that do not fit.
     """

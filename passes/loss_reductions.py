@@ -159,6 +159,9 @@ def _counts(node: Any, axis: Axis) -> bool:
         node, call = call.get("input"), None
     if fake is None or call is None or call.name != "arange" or fake.dtype != torch.int64 or len(fake.shape) != 1:
         return False
+    counted = tensor_of(node)
+    if counted is None or counted.dtype not in (torch.int32, torch.int64):  # others round
+        return False
     first = call.get("input") if "other" in call.args else 0  # arange(end), or arange(start, end, step)
     given = {"start", "end", "step", "out"} & call.args.keys()
     return not given and first == 0 and call.get("arg2", 1) == 1 and same_size(fake.shape[0], extent(axis))

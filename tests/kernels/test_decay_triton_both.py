@@ -71,6 +71,7 @@ def interpret() -> None:
         check(case, make_inputs(case, dtype), dtype, config=TILE, segments=segments)
         print("ok", case)
     some_programs()
+    nothing_grows()
     views()
     operator()
 
@@ -82,6 +83,18 @@ def some_programs() -> None:
     x.gv[:, :, 1, 5] = -30.0
     check(case, x, torch.float32, config=TILE)
     print("ok some")
+
+
+def nothing_grows() -> None:
+    """A state of zero stays zero through segments whose growth is beyond float32."""
+    x = make_inputs(both_case(32, "weak", K=4, V=4), torch.float32)
+    k, g = x.k.clone(), torch.zeros_like(x.g)
+    k[:, :16], g[:, :16] = 0.0, 6.0
+    h0 = torch.zeros_like(x.h0)
+    o, final = decay_triton_both.chunk_forward(x.q, k, x.v, g, x.gv, h0, SCALE, config=TILE, segments=2)
+    want = decay_triton_both.chunk_forward(x.q, k, x.v, g, x.gv, h0, SCALE, config=TILE, segments=1)
+    torch.testing.assert_close((o, final), want)
+    print("ok zero")
 
 
 def views() -> None:
@@ -119,7 +132,7 @@ def operator() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 10
+    assert interpreted(__file__) == 11
 
 
 @pytest.mark.parametrize(

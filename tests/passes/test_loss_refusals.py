@@ -107,6 +107,11 @@ def targets_of_rows_that_move_before_a_cast(x, w):
     return -z.log_softmax(-1)[rows.to(torch.int64), TARGET.view(-1)].mean()  # here
 
 
+def targets_of_rows_that_were_rounded(x, w):
+    rows, z = torch.arange(B * T, dtype=torch.float16).to(torch.int64), F.linear(x, w).view(-1, V)
+    return -z.log_softmax(-1)[rows, TARGET.view(-1)].mean()  # here
+
+
 def an_entropy_term(x, w):
     z = F.linear(x, w)
     lse = z.logsumexp(-1)
@@ -133,6 +138,7 @@ def z_loss_over_other_rows(x, w):
         (targets_from_the_second_row, "log probabilities"),
         (targets_of_rows_that_move, "log probabilities"),
         (targets_of_rows_that_move_before_a_cast, "log probabilities"),
+        (targets_of_rows_that_were_rounded, "log probabilities"),
         (an_entropy_term, "0.5"),
         (z_loss_over_other_rows, "rows differently"),
     ],
