@@ -105,6 +105,8 @@ def run_passes(
                 rewrites += matched.rewrites
                 refusals += [(refusal, None) for refusal in matched.refusals]
                 seconds += matched.validation_seconds
-        seconds += share_heads(region, validated=options.validate)
+        refused, spent = share_heads(region, validated=options.validate)
+        refusals += [(refusal, None) for refusal in refused]
+        seconds += spent
     after = gm.print_readable(print_output=False)
     return Result(tuple(rewrites), tuple(refusals), tuple(looped), before, after, seconds)

@@ -6,10 +6,10 @@ After: `o, S = gla(q, permute(k), ...)`, S repeated where the kernel now has few
 Legal because the kernel means by fewer heads that neighbours share them, which is what the program wrote out, gradients
 included: the sum over a group, which the kernel takes, is the gradient of the repetition.
 Left alone: repetitions that something else reads as well, of memory that the graph writes to, by a number that is not
-known, and all in graphs that switch gradients off and on; and what `heads_check` does not find to be the same.
+known, and all in graphs that switch gradients off and on.
+Refused: what `heads_check` does not find to be the same (`validation_failed`); it stays as the program has it.
 """
 
-import logging
 import time
 from collections.abc import Mapping
 
@@ -19,10 +19,10 @@ from torch import fx
 from fla_compile.passes.heads_check import check_call, check_operand
 from fla_compile.passes.log_decay import op_name
 from fla_compile.passes.memory import memory, written
-from fla_compile.passes.records import Refused
+from fla_compile.passes.places import short_source, source_of
+from fla_compile.passes.records import Refusal, Refused
 from fla_compile.passes.repeated_heads import Repeated, repeated_heads
 
-log = logging.getLogger("fla_compile")
 HEADS = "fla_heads"  # in a kernel call's meta: heads of each operand by name, 0 for one that there is not
 PLACES = {"q": 0, "k": 1, "v": 2}
 SWITCHES = {"_set_grad_enabled", "_enter_inference_mode"}
@@ -81,12 +81,13 @@ def rewrite(call: fx.Node, operands: Mapping[str, Repeated]) -> None:
         every.update_arg(0, final)
 
 
-def share_heads(gm: fx.GraphModule, *, validated: bool = True) -> float:
-    """Rewrites `gm` in place; returns the seconds that checks took."""
+def share_heads(gm: fx.GraphModule, *, validated: bool = True) -> tuple[list[Refusal], float]:
+    """Rewrites `gm` in place; returns what was refused, and the seconds that checks took."""
     calls = [node for node in gm.graph.nodes if HEADS in node.meta]
     if not calls or any(op_name(node) in SWITCHES for node in gm.graph.nodes):
-        return 0.0
+        return [], 0.0
     changed, rewritten, seconds = written(gm.graph), False, 0.0
+    refusals: list[Refusal] = []
     for call in calls:
         operands = decide(call, changed)
         if not operands:
@@ -96,7 +97,9 @@ def share_heads(gm: fx.GraphModule, *, validated: bool = True) -> float:
             try:
                 check(call, operands)
             except Refused as refused:
-                log.warning("heads stay repeated: %s: %s", refused.reason, refused.detail)
+                name, repeated = next(iter(operands.items()))
+                repetition = repeated.moves[-1].args[0] if repeated.moves else call.args[PLACES[name]]
+                refusals.append(refused.record("share_heads", short_source(source_of(repetition))))
                 continue
             finally:
                 seconds += time.perf_counter() - start
@@ -105,4 +108,4 @@ def share_heads(gm: fx.GraphModule, *, validated: bool = True) -> float:
     if rewritten:
         gm.graph.lint()
         gm.recompile()
-    return seconds
+    return refusals, seconds

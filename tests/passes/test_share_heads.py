@@ -1,9 +1,12 @@
 """Heads that a program repeats, or that an operand does not vary over: the kernel gets them once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from programs import Cases, assert_rewritten, bare, operands, read, write
 
+from fla_compile import explain
 from fla_compile.kernels import decay_cpu, decay_heads
 from fla_compile.passes import share_heads
 from fla_compile.passes.heads_check import check_call, check_operand
@@ -131,7 +134,7 @@ def test_left_alone(fn, monkeypatch):
     assert heads_given(fn, operands(AXES, h=6, g=2), "gla", monkeypatch) == (6, 6, 6, 6)
 
 
-def test_a_wrong_finding_is_left_alone(monkeypatch):
+def test_a_wrong_finding_is_refused(monkeypatch):
     """Heads that lie one group after the other, taken for neighbours."""
 
     def mistaken(node, axis):
@@ -142,7 +145,11 @@ def test_a_wrong_finding_is_left_alone(monkeypatch):
         return Repeated(node.args[0], None, 2, tuple(moves)) if node.args else None
 
     monkeypatch.setattr(share_heads, "repeated_heads", mistaken)
-    assert heads_given(tiled, operands(AXES, h=6, g=2), "gla", monkeypatch) == (6, 6, 6, 6)
+    inputs = operands(AXES, h=6, g=2)
+    (refusal,) = explain(tiled, *inputs).refusals
+    assert (refusal.pattern, refusal.reason) == ("share_heads", "validation_failed")
+    assert refusal.source == f"{Path(__file__).name}:{tiled.__code__.co_firstlineno + 1}"
+    torch.testing.assert_close(torch.compile(tiled, backend="fla")(*inputs), tiled(*inputs))
 
 
 class Values(torch.fx.Interpreter):
