@@ -8,7 +8,7 @@ from the start of the chunk, L its last,
 
 Nothing but P joins the keys, so a program has a block of them and all values, and no sum crosses programs. As in
 `decay_scan_gates` the factors are taken from the middle of the chunk's decay and in two parts, and a program that meets
-one out of range does its chunks again a column at a time (EXACT).
+one out of range does its chunk again a column at a time (EXACT).
 
 The decay's gradient at row t collects every path from j < t to i >= t. With dk' the part of dk through R, dk" that of P
 and dq without its diagonal, for each channel
@@ -26,15 +26,14 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_scan import (
-    load_state,
+    chunk_at,
+    first_state,
     load_tile,
-    packed_program,
-    packed_state,
-    segment_program,
-    store_packed,
+    store_last,
     store_state,
     store_tile,
     tile_mask,
+    walk_program,
 )
 from fla_compile.kernels.decay_scan_gates import channel_sums, halves, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import sums_before
@@ -74,29 +73,17 @@ def chunk_states_kernel(
 ):  # fmt: skip
     """Arguments as for `chunk_scan_rows_kernel`, with no output. p_h gets the state before every chunk, p_st with FINAL
     the last one, p_gt the segment's log decay in base 2."""
-    if p_table is None:
-        i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
-        i_state = i_nh * tl.cdiv(L, C)
-    else:
-        i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
+    i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
     o_w = i_w * BW + tl.arange(0, BW)
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
-    b_s = tl.zeros((BX, BW), tl.float32)
+    b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
     b_total = tl.zeros((BX,), tl.float32)
-    if p_table is not None:
-        b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
-    elif HAS_S0:
-        b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, False) * s_in
     for i_n in range(n_c):
-        i_c = i_n
-        if REVERSE:
-            i_c = n_c - 1 - i_n
-        t_0 = t_a + i_c * C
-        i_row = i_seq + t_0.to(tl.int64) * H
+        i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         m_c = t_0 + o_c < t_e
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
@@ -116,10 +103,7 @@ def chunk_states_kernel(
         b_s *= tl.exp2(b_all)[:, None]
         b_s = tl.dot(tl.trans((b_z * tl.exp2(b_e)).to(dtype)), b_w, b_s, input_precision=PRECISION)
     if FINAL:
-        if p_table is None:
-            store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
-        else:
-            store_packed(p_st, p_table, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
+        store_last(p_st, p_table, i_nh, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if p_gt is not None:
         tl.store(p_gt + i_nh * X + o_x, b_total, mask=(o_x < X) & (i_w == 0))
 

@@ -98,7 +98,6 @@ def _launch(
 ) -> None:  # fmt: skip
     """`kernel` as the table has it, and again for what that finds out of range."""
     layouts = tuple(map(layout, operands))
-    device = next(x.device for x in operands if x is not None)
     for again in ((True,) if plan.limit < 0 else (False, True)) if exact else (None,):
         key = (kernel.fn, plan, programs, segments, flags, again, layouts)
         launch = _launches.get(key)
@@ -107,6 +106,7 @@ def _launch(
             sizes = plan.T, plan.length, segments, plan.H, plan.K, plan.V, *tile
             rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads)
             options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            device = next(x.device for x in operands if x is not None)
             launch = Launch(kernel, device, (programs,), (*sizes, *rest), **options)
             remember(_launches, key, launch)
         launch(*operands, *map(float, numbers))

@@ -43,16 +43,17 @@ __all__ = [
     "LONG",
     "PLAIN",
     "QUERIES",
+    "chunk_at",
     "chunk_scan_kernel",
+    "first_state",
     "load_state",
     "load_tile",
-    "packed_program",
-    "packed_state",
     "segment_program",
-    "store_packed",
+    "store_last",
     "store_state",
     "store_tile",
     "tile_mask",
+    "walk_program",
 ]
 
 # What a pass computes beside y: nothing, or its share of the decay's gradient as the pass for dq or for dk.
@@ -95,6 +96,28 @@ def packed_program(p_table, H: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, 
 
 
 @triton.jit
+def walk_program(
+    p_table, T, H: tl.constexpr, L, n_s, W: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr
+):
+    """As `packed_program`, whether there is a table or not; C are the steps that a kept state stands for."""
+    if p_table is None:
+        i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+        return i_w, i_nh, i_h, i_seq, t_a, t_e, i_nh * tl.cdiv(L, C), -1
+    else:
+        return packed_program(p_table, H, W, BW, C, REVERSE)
+
+
+@triton.jit
+def chunk_at(i_n, n_c, t_a, i_seq, H: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr):
+    """The chunk that a walk of n_c comes to as its i_n-th, its first step, and that step's first row."""
+    i_c = i_n
+    if REVERSE:
+        i_c = n_c - 1 - i_n
+    t_0 = t_a + i_c * C
+    return i_c, t_0, i_seq + t_0.to(tl.int64) * H
+
+
+@triton.jit
 def packed_state(
     p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s,
     X: tl.constexpr, W: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
@@ -113,6 +136,21 @@ def packed_state(
 
 
 @triton.jit
+def first_state(
+    p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s,
+    X: tl.constexpr, W: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr,
+):  # fmt: skip
+    """The state that a walk begins with."""
+    b_s = tl.zeros((BX, BW), tl.float32)
+    if p_table is not None:
+        b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
+    elif HAS_S0:
+        b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
+    return b_s
+
+
+@triton.jit
 def store_packed(
     p_st, p_table, b_s, o_x, o_w, m_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, REVERSE: tl.constexpr,
@@ -123,6 +161,18 @@ def store_packed(
     p_row = p_table + (i_nh // H) * COLUMNS
     if tl.load(p_row + TO) < 0:
         store_state(p_st, tl.load(p_row + 3).to(tl.int64) * H + i_nh % H, b_s, o_x, o_w, m_s, X, W)
+
+
+@triton.jit
+def store_last(
+    p_st, p_table, i_nh, b_s, o_x, o_w, m_s,
+    H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, BW: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The state that a walk ends with."""
+    if p_table is None:
+        store_state(p_st, i_nh, b_s, o_x, o_w, m_s, X, W)
+    else:
+        store_packed(p_st, p_table, b_s, o_x, o_w, m_s, H, X, W, BW, REVERSE)
 
 
 @triton.jit
@@ -217,6 +267,7 @@ def chunk_scan_kernel(
     """
     if p_table is None:
         i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+        i_u = -1
     else:
         i_w, i_nh, i_h, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
@@ -228,13 +279,9 @@ def chunk_scan_kernel(
     o_x = tl.arange(0, BX)
     o_w = i_w * BW + tl.arange(0, BW)
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
-    b_s = tl.zeros((BW, BX) if TURNED else (BX, BW), tl.float32)
+    b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
+    b_s = turn(b_s, TURNED)
     b_total = 0.0
-    if p_table is not None:
-        b_s0 = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
-        b_s = turn(b_s0, TURNED)
-    elif HAS_S0:
-        b_s += turn(load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in, TURNED)
     if DECAY == CONSTANT_DECAY:
         # products with numbers of rows, which round once, where sums would round at every row; all decays in base 2
         s_g = as_decay(tl.load(p_g + i_h // RG))
@@ -259,11 +306,7 @@ def chunk_scan_kernel(
             i_bh = i_h.to(tl.int64)
         p_r = p_sums + ((i_bh * SUMS + (PART - 1)) * NW + i_w) * T
     for i_n in range(n_c):
-        i_c = i_n
-        if REVERSE:
-            i_c = n_c - 1 - i_n
-        t_0 = t_a + i_c * C
-        i_row = i_seq + t_0.to(tl.int64) * H
+        i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
         # from o_t, not o_c: a mask that no step changes would be kept in registers through the loop
@@ -335,10 +378,7 @@ def chunk_scan_kernel(
         b_s = product(tl.trans(b_z), b_w, b_s, TURNED, PRECISION)
     b_s = turn(b_s * s_st, TURNED)
     if FINAL:
-        if p_table is None:
-            store_state(p_st, i_nh, b_s, o_x, o_w, m_s, X, W)
-        else:
-            store_packed(p_st, p_table, b_s, o_x, o_w, m_s, H, X, W, BW, REVERSE)
+        store_last(p_st, p_table, i_nh, b_s, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not OUTPUT:
         if DECAY == ROW_DECAY:
             tl.store(p_gt + i_nh, b_total, mask=i_w == 0)

@@ -40,6 +40,7 @@ from fla_compile.kernels.decay_scan import (
     KEYS,
     LONG,
     QUERIES,
+    chunk_at,
     load_state,
     load_tile,
     segment_program,
@@ -49,10 +50,9 @@ from fla_compile.kernels.decay_scan import (
 )
 from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import sums_before
-from fla_compile.kernels.decay_segments import times_power
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
-__all__ = ["chain_both_kernel", "chunk_scan_both_kernel", "step_scan_both_kernel"]
+__all__ = ["chunk_scan_both_kernel", "step_scan_both_kernel"]
 
 
 @triton.jit
@@ -131,11 +131,7 @@ def chunk_scan_both_kernel(
     if p_s0 is not None:
         b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
     for i_n in range(n_c):
-        i_c = i_n
-        if REVERSE:
-            i_c = n_c - 1 - i_n
-        t_0 = t_a + i_c * C
-        i_row = i_seq + t_0.to(tl.int64) * H
+        i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
         if REVERSE:
@@ -231,11 +227,7 @@ def step_scan_both_kernel(
         b_ta = tl.zeros((BX,), tl.float32)
         b_tb = tl.zeros((BW,), tl.float32)
     for i_n in range(n_c):
-        i_c = i_n
-        if REVERSE:
-            i_c = n_c - 1 - i_n
-        t_0 = t_a + i_c * C
-        i_row = i_seq + t_0.to(tl.int64) * H
+        i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         n_j = tl.minimum(t_e - t_0, C)
         m_w = tile_mask(o_c < n_j, o_w, W, BW, EVEN)
         if PART == QUERIES:
@@ -291,32 +283,3 @@ def step_scan_both_kernel(
     if p_x is None:
         tl.store(p_ta + i_nh * X + o_x, b_ta, mask=(o_x < X) & (i_w == 0))
         tl.store(p_tb + i_nh * W + o_w, b_tb, mask=o_w < W)
-
-
-@triton.jit(do_not_specialize=["H", "n_s"])
-def chain_both_kernel(
-    p_u, p_ta, p_tb, p_s0, p_st, s_in, s_st, H, n_s,
-    X: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """p_u [B, segments, H, X, W] holds what each segment adds, and gets the state before it; one program for each
-    (b, h) and block of the state."""
-    NB: tl.constexpr = tl.cdiv(X * W, BLOCK)
-    i_p = tl.program_id(0)
-    i_bh = i_p // NB
-    o_s = (i_p % NB) * BLOCK + tl.arange(0, BLOCK)
-    m_s = o_s < X * W
-    b_s = tl.zeros((BLOCK,), tl.float32)
-    if p_s0 is not None:
-        b_s += tl.load(p_s0 + i_bh.to(tl.int64) * (X * W) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
-    for i_n in range(n_s):
-        i_s = i_n
-        if REVERSE:
-            i_s = n_s - 1 - i_n
-        i_u = ((i_bh // H * n_s + i_s) * H + i_bh % H).to(tl.int64)
-        b_u = tl.load(p_u + i_u * (X * W) + o_s, mask=m_s, other=0.0)
-        tl.store(p_u + i_u * (X * W) + o_s, b_s, mask=m_s)
-        b_t = tl.load(p_ta + i_u * X + o_s // W, mask=m_s, other=0.0)
-        b_t += tl.load(p_tb + i_u * W + o_s % W, mask=m_s, other=0.0)
-        b_s = times_power(b_s, b_t) + b_u
-    if p_st is not None:
-        tl.store(p_st + i_bh.to(tl.int64) * (X * W) + o_s, b_s * s_st, mask=m_s)

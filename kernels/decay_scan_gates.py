@@ -28,15 +28,14 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_scan import (
     LONG,
-    load_state,
+    chunk_at,
+    first_state,
     load_tile,
-    packed_program,
-    packed_state,
-    segment_program,
-    store_packed,
+    store_last,
     store_state,
     store_tile,
     tile_mask,
+    walk_program,
 )
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
@@ -109,11 +108,7 @@ def chunk_scan_rows_kernel(
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    if p_table is None:
-        i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
-        i_state = i_nh * tl.cdiv(L, C * EVERY)
-    else:
-        i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C * EVERY, REVERSE)
+    i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C * EVERY, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
@@ -121,18 +116,10 @@ def chunk_scan_rows_kernel(
     o_w = i_w * BW + tl.arange(0, BW)
 
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
-    b_s = tl.zeros((BX, BW), tl.float32)
+    b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
     b_range = tl.zeros((BX,), tl.float32)
-    if p_table is not None:
-        b_s = packed_state(p_s0, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
-    elif HAS_S0:
-        b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, False) * s_in
     for i_n in range(n_c):
-        i_c = i_n
-        if REVERSE:
-            i_c = n_c - 1 - i_n
-        t_0 = t_a + i_c * C
-        i_row = i_seq + t_0.to(tl.int64) * H
+        i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
         if REVERSE:
@@ -203,9 +190,6 @@ def chunk_scan_rows_kernel(
         if not EXACT:
             b_s *= b_half[:, None]
     if FINAL:
-        if p_table is None:
-            store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
-        else:
-            store_packed(p_st, p_table, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
+        store_last(p_st, p_table, i_nh, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not EXACT:
         tl.store(p_range + tl.program_id(0), tl.max(b_range, 0))

@@ -21,16 +21,7 @@ from torch import Tensor
 
 from fla_compile.kernels.launch import Launch, layout, remember
 
-__all__ = [
-    "COLUMNS",
-    "Packing",
-    "Part",
-    "chain_joints_kernel",
-    "chain_segments",
-    "pack",
-    "segment_count",
-    "times_power",
-]
+__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments", "pack", "segment_count"]
 
 # A segment shorter than this many chunks, unless its launch knows better, costs more in states than it gains; so does a
 # cut in two.
@@ -44,33 +35,31 @@ COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
-def times_power(b_s, b_g):
-    """s 2^g in halves: a state is not lost to a factor beyond float32, and one of zero stays zero."""
-    b_f = tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
-    return b_s * b_f * b_f
-
-
-@triton.jit
-def decayed(b_s, p_gt, i_u, o_k, m_s, K: tl.constexpr, DECAY: tl.constexpr):
-    """A state after the decay of segment i_u."""
+def decayed(b_s, p_gt, p_gv, i_u, o_s, m_s, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr):
+    """Numbers o_s of a state after the decay of segment i_u, and, with p_gv, after that of its columns."""
     if DECAY == 0:
         return b_s
     else:
         if DECAY == 3:
-            b_g = tl.load(p_gt + i_u * K + o_k, mask=m_s, other=0.0)
+            b_g = tl.load(p_gt + i_u * K + o_s // V, mask=m_s, other=0.0)
+            if p_gv is not None:
+                b_g += tl.load(p_gv + i_u * V + o_s % V, mask=m_s, other=0.0)
         else:
             b_g = tl.load(p_gt + i_u) * LOG2_E
-        return times_power(b_s, b_g)
+        # in halves: a state is not lost to a factor beyond float32, and one of zero stays zero
+        b_f = tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
+        return b_s * b_f * b_f
 
 
 @triton.jit(do_not_specialize=["H", "n_s"])
 def chain_segments_kernel(
-    p_u, p_gt, p_s0, p_st, s_in, s_st, H, n_s,
+    p_u, p_gt, p_gv, p_s0, p_st, s_in, s_st, H, n_s,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     """p_u [B, segments, H, K, V] holds what each segment adds, and gets the state before it; one program for
-    each (b, h) and block of the state. p_gt: the segments' log decays [B, segments, H], or, in base 2, [.., K]."""
+    each (b, h) and block of the state. p_gt: the segments' log decays [B, segments, H], or, in base 2, [.., K], then
+    perhaps with p_gv [.., V]."""
     NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
     i_p = tl.program_id(0)
     i_bh = i_p // NB
@@ -88,7 +77,7 @@ def chain_segments_kernel(
         i_u = ((i_b * n_s + i_s) * H + i_h).to(tl.int64)
         b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
         tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
-        b_s = decayed(b_s, p_gt, i_u, o_s // V, m_s, K, DECAY) + b_u
+        b_s = decayed(b_s, p_gt, p_gv, i_u, o_s, m_s, K, V, DECAY) + b_u
     if FINAL:
         tl.store(p_st + i_bh.to(tl.int64) * (K * V) + o_s, b_s * s_st, mask=m_s)
 
@@ -120,7 +109,7 @@ def chain_joints_kernel(
             i_j = i_first + n_u - 1 - i_n
         i_u = i_j.to(tl.int64) * H + i_h
         b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
-        b_s = decayed(b_s, p_gt, i_u, o_s // V, m_s, K, DECAY) + b_u
+        b_s = decayed(b_s, p_gt, None, i_u, o_s, m_s, K, V, DECAY) + b_u
         tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
 
 
@@ -128,11 +117,13 @@ _launches: dict[tuple[Any, ...], Launch] = {}
 
 
 def chain_segments(
-    u: Tensor, gt: Tensor, s0: Tensor | None, st: Tensor | None, decay: int, *, reverse: bool, s_in: float, s_st: float
-) -> None:
+    u: Tensor, gt: Tensor, s0: Tensor | None, st: Tensor | None, decay: int, *, reverse: bool, s_in: float, s_st: float,
+    gv: Tensor | None = None,
+) -> None:  # fmt: skip
     """What each segment adds, u [B, segments, H, K, V], becomes the state before it, from s0 [B, H, K, V] times `s_in`;
-    the last one, times `s_st`, goes to st [B, H, K, V]. gt as `chain_segments_kernel` has it."""
-    key = (decay, reverse, layout(u), layout(s0), layout(st))
+    the last one, times `s_st`, goes to st [B, H, K, V]. gt and gv as `chain_segments_kernel`
+    has them."""
+    key = (decay, reverse, layout(u), layout(s0), layout(st), gv is None)
     launch = _launches.get(key)
     if launch is None:
         B, segments, H, K, V = u.shape
@@ -140,7 +131,7 @@ def chain_segments(
         numbers = H, segments, K, V, block, decay, reverse, s0 is not None, st is not None
         launch = Launch(chain_segments_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
         remember(_launches, key, launch)
-    launch(u, gt, s0, st, float(s_in), float(s_st))
+    launch(u, gt, gv, s0, st, float(s_in), float(s_st))
 
 
 def segment_count(

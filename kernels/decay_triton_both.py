@@ -23,9 +23,9 @@ from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import LARGEST_BOTH, Config, both_config
 from fla_compile.kernels.decay_plan import FEW_STEPS
 from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES
-from fla_compile.kernels.decay_scan_both import chain_both_kernel, chunk_scan_both_kernel, step_scan_both_kernel
-from fla_compile.kernels.decay_segments import segment_count
-from fla_compile.kernels.decay_triton_common import device_arch, multiprocessors
+from fla_compile.kernels.decay_scan_both import chunk_scan_both_kernel, step_scan_both_kernel
+from fla_compile.kernels.decay_segments import chain_segments, segment_count
+from fla_compile.kernels.decay_triton_common import KINDS, device_arch, multiprocessors
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 
 __all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range"]
@@ -108,14 +108,7 @@ def _chain(
     )
     tensors = (None, *operands, None, None, None, u, ta, tb, _ranges(plan, k, v), None, None)
     _launch(plan, tensors, (1.0, 1.0, 1.0), PLAIN.value, reverse=reverse)
-    key = ("chain", plan, reverse, layout(u), layout(s0), layout(st))
-    launch = _launches.get(key)
-    if launch is None:
-        block = min(1024, triton.next_power_of_2(K * V))
-        numbers = H, plan.segments, K, V, block, reverse
-        launch = Launch(chain_both_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
-        remember(_launches, key, launch)
-    launch(u, ta, tb, s0, st, *map(float, scales))
+    chain_segments(u, ta, s0, st, KINDS["vector"], reverse=reverse, s_in=scales[0], s_st=scales[1], gv=tb)
     return u
 
 

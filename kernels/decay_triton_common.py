@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config, configs_for
-from fla_compile.kernels.decay_segments import chain_segments, segment_count
+from fla_compile.kernels.decay_segments import LOG2_E, chain_segments, segment_count
 from fla_compile.kernels.launch import Launch, remember
 
 NO_DECAY = tl.constexpr(0)
@@ -39,7 +39,6 @@ LONG_SWEEP = 64
 SUB = tl.constexpr(16)
 # exp(-104) is 0 in fp32, so a larger drop in one step changes nothing; this also keeps -inf out of the sums.
 LOWEST = tl.constexpr(-104.0)
-LOG2_E = tl.constexpr(1.4426950408889634)
 # Sums of up to 128 multiples of 2^-10 no lower than -104 are exact in fp32.
 GRID_STEPS = tl.constexpr(1024.0)
 

@@ -26,7 +26,7 @@ UNSHARED = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1)
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch, where it sets aside up to twelve.
 STACK = {2: 0, 4: 16}
-EXACT_STACK = 48
+EXACT_STACK = 48  # of `chunk_grads_kernel`, whose elementwise products are three
 
 
 def kernels_of(row, kind, values=None):
@@ -151,6 +151,8 @@ def compile_kernel(kernel, constants, row, kind, precision):
     return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)
 
 
-def most_stack(row, constants):
+def most_stack(row, kernel, constants):
     """The exact launch has a tile of its own."""
-    return EXACT_STACK if constants.get("EXACT") else STACK[row.nbytes] + TABLE[row][0].stack
+    if constants.get("EXACT"):
+        return EXACT_STACK if kernel is decay_chunk_gates.chunk_grads_kernel else STACK[4]
+    return STACK[row.nbytes] + TABLE[row][0].stack

@@ -199,7 +199,7 @@ def test_compiles(row, kind, precision):
         compiled = compile_kernel(kernel, constants, row, kind, precision)
         name = kernel.fn.__name__
         assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
-        stack = most_stack(row, constants)
+        stack = most_stack(row, kernel, constants)
         assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
 
 

@@ -294,7 +294,7 @@ def test_compiles(row, kind, whole):
         compiled = compile_kernel(kernel, constants, row, kind, "ieee")
         name = kernel.fn.__name__
         assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
-        stack = most_stack(row, constants)
+        stack = most_stack(row, kernel, constants)
         assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
 
 

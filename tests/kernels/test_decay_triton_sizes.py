@@ -25,7 +25,7 @@ def test_many_values_compile(arch, kind):
             compiled = compile_kernel(kernel, constants, row, kind, "ieee")
             assert compiled.metadata.shared <= TABLE[row][0].shared, f"{row} {kernel.fn.__name__}"
             # what seldom runs may wait for memory
-            stack = 96 if constants.get("EXACT") else most_stack(row, constants)
+            stack = 96 if constants.get("EXACT") else most_stack(row, kernel, constants)
             assert stack_bytes(compiled) <= stack, f"{row} {kernel.fn.__name__}: {stack_bytes(compiled)} bytes of stack"
 
 
