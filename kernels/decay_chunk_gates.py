@@ -37,7 +37,7 @@ from fla_compile.kernels.decay_scan import (
 )
 from fla_compile.kernels.decay_scan_gates import channel_sums, halves, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import sums_before
-from fla_compile.kernels.decay_segments import COLUMNS
+from fla_compile.kernels.decay_segments import chunk_of
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
@@ -57,6 +57,24 @@ def path_sums(b_to, b_from, o_c, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_values(
+    p_do, p_v, i_v, o_c, m_c,
+    H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, RV: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of do and v."""
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_v = tile_mask(m_c, o_v, V, BV, EVEN)
+    return load_tile(p_do, o_c * H, o_v, m_v, V), load_tile(p_v, o_c * (H // RV), o_v, m_v, V)
+
+
+@triton.jit
+def load_block(p_s, i_v, o_k, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """A block of columns of a state."""
+    o_v = i_v * BV + tl.arange(0, BV)
+    return load_masked(p_s + (o_k * V)[:, None] + o_v[None, :], tile_mask(o_k < K, o_v, V, BV, K % BK == 0))
+
+
+@triton.jit
 def load_masked(p_x, m_x):
     if m_x is None:
         return tl.load(p_x)
@@ -71,15 +89,17 @@ def chunk_states_kernel(
     REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
-    """Arguments as for `chunk_scan_rows_kernel`, with no output. p_h gets the state before every chunk, p_st with FINAL
-    the last one, p_gt the segment's log decay in base 2."""
+    """Arguments as for `chunk_scan_rows_kernel`, with no output, and a second axis of programs for the X blocks. p_h
+    gets the state before every chunk, p_st with FINAL the last one, p_gt the segment's log decay in base 2."""
     i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
+    if X > BX:
+        o_x += tl.program_id(1) * BX
     o_w = i_w * BW + tl.arange(0, BW)
-    m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
+    m_s = tile_mask(o_x < X, o_w, W, BW, X % BX == 0)
     b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
     b_total = tl.zeros((BX,), tl.float32)
     for i_n in range(n_c):
@@ -115,62 +135,42 @@ def chunk_grads_kernel(
     EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     RQ: tl.constexpr = 1, RK: tl.constexpr = 1, RV: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
-    """One program for each chunk, head and block of keys; BV covers V. p_h and p_d hold S and R; without p_d only dq is
-    written. Packed, n_s counts the rows of the table. R.: as in `chunk_scan_kernel`, of q, k, v and g."""
+    """One program for each chunk, head and block of keys. p_h and p_d hold S and R; without p_d only dq is written.
+    Packed, n_s counts the rows of the table. R.: as in `chunk_scan_kernel`, of q, k, v and g."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    NK: tl.constexpr = tl.cdiv(K, BK)
-    i_k = tl.program_id(0) % NK
-    i_p = tl.program_id(0) // NK
-    if p_table is None:
-        n_c = tl.cdiv(L, C)
-        i_c = i_p % n_c
-        i_nh = i_p // n_c
-        i_h = i_nh % H
-        i_n = i_nh // H
-        t_0 = (i_n % n_s) * L + i_c * C
-        t_e = tl.minimum((i_n % n_s) * L + L, T)
-        i_seq = (i_n // n_s).to(tl.int64) * T * H + i_h
-        i_state = i_p.to(tl.int64)
-    else:
-        i_h = i_p % H
-        i_c = i_p // H
-        i_n = 0
-        i_e = n_s
-        while i_n + 1 < i_e:  # rows are numbered with their first chunks
-            i_m = (i_n + i_e) // 2
-            if tl.load(p_table + i_m * COLUMNS + 2) <= i_c:
-                i_n = i_m
-            else:
-                i_e = i_m
-        p_row = p_table + i_n * COLUMNS
-        i_first = tl.load(p_row + 2)
-        t_a = tl.load(p_row)
-        t_e = tl.load(p_row + 1)
-        t_0 = t_a + (i_c - i_first) * C
-        i_seq = i_h.to(tl.int64)
-        i_state = i_first.to(tl.int64) * H + i_h * tl.cdiv(t_e - t_a, C) + (i_c - i_first)
+    i_k, _, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, K, BK, C)
     if t_0 >= t_e:
         return
     dtype = p_k.dtype.element_ty
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
-    m_s = tile_mask(o_k < K, o_v, V, BV, K % BK == 0)
     i_row = i_seq + t_0.to(tl.int64) * H
     m_c = t_0 + o_c < t_e
     m_k = tile_mask(m_c, o_k, K, BK, EVEN)
-    m_v = tile_mask(m_c, o_v, V, BV, EVEN)
-    p_s = i_state * (K * V) + (o_k * V)[:, None] + o_v[None, :]
-    b_g = load_gates(p_g + i_row // RG * K, o_c * (H // RG), o_k, m_k, K)
-    b_do = load_tile(p_do + i_row * V, o_c * H, o_v, m_v, V)
-    b_v = load_tile(p_v + i_row // RV * V, o_c * (H // RV), o_v, m_v, V)
-    b_h = load_masked(p_h + p_s, m_s)
+    p_v += i_row // RV * V
+    p_do += i_row * V
+    p_h += i_state * (K * V)
     if p_d is not None:
-        b_d = load_masked(p_d + p_s, m_s)
-        if p_dg is not None:
-            b_x = tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
+        p_d += i_state * (K * V)
+    if V > BV:  # block by block, first for dq, then for dk: all sums at once are more than there are registers
+        b_p = tl.zeros((C, C), tl.float32)
+        b_dq = tl.zeros((C, BK), tl.float32)
+        for i_v in range(tl.cdiv(V, BV)):
+            b_do, b_v = load_values(p_do, p_v, i_v, o_c, m_c, H, V, BV, RV, EVEN)
+            b_h = load_block(p_h, i_v, o_k, K, V, BK, BV)
+            b_p = tl.dot(b_do, tl.trans(b_v), b_p, input_precision=PRECISION)
+            b_dq = tl.dot(b_do, tl.trans(b_h), b_dq, input_precision=PRECISION)
+    b_g = load_gates(p_g + i_row // RG * K, o_c * (H // RG), o_k, m_k, K)
+    if V <= BV:
+        b_do, b_v = load_values(p_do, p_v, 0, o_c, m_c, H, V, BV, RV, EVEN)
+        b_h = load_block(p_h, 0, o_k, K, V, BK, BV)
+    if p_d is not None:
+        if V <= BV:
+            b_d = load_block(p_d, 0, o_k, K, V, BK, BV)
+            if p_dg is not None:
+                b_x = tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
         b_q = load_tile(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_k, K)
     b_k = load_tile(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_k, K)
     b_all = tl.sum(b_g, 0)
@@ -182,10 +182,12 @@ def chunk_grads_kernel(
         b_kh, b_kl = halves(b_k * b_down, dtype)
         if p_d is not None:
             b_qh, b_ql = halves(b_q * b_up, dtype)
-    b_p = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    if V <= BV:
+        b_p = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_p, 0.0), 1)
     b_p = tl.where(o_c[:, None] > o_c[None, :], b_p, 0.0)
-    b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
+    if V <= BV:
+        b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
     if EXACT:
         b_dq *= tl.exp2(b_c)
         b_dk = tl.zeros((C, BK), tl.float32)
@@ -209,14 +211,27 @@ def chunk_grads_kernel(
     store_tile(p_dq + i_row * K, (b_dq + b_own[:, None] * b_k) * scale, o_c * H, o_k, m_k, K)
     if p_d is not None:
         b_u = b_q * b_dq
+        if V > BV:
+            b_pt = tl.zeros((C, C), tl.float32)
+            b_dx = tl.zeros((C, BK), tl.float32)
+            b_x = tl.zeros((BK,), tl.float32)
+            for i_v in range(tl.cdiv(V, BV)):
+                b_do, b_v = load_values(p_do, p_v, i_v, o_c, m_c, H, V, BV, RV, EVEN)
+                b_d = load_block(p_d, i_v, o_k, K, V, BK, BV)
+                b_pt = tl.dot(b_v, tl.trans(b_do), b_pt, input_precision=PRECISION)
+                b_dx = tl.dot(b_v, tl.trans(b_d), b_dx, input_precision=PRECISION)
+                if p_dg is not None:
+                    b_h = load_block(p_h, i_v, o_k, K, V, BK, BV)
+                    b_x += tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
         if not EXACT:
-            # computed again: transposed, it would go through shared memory
-            b_p = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_ph, b_pl = halves(tl.where(o_c[:, None] < o_c[None, :], b_p, 0.0), dtype)
+            if V <= BV:  # computed again: transposed, it would go through shared memory
+                b_pt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+            b_ph, b_pl = halves(tl.where(o_c[:, None] < o_c[None, :], b_pt, 0.0), dtype)
             b_dk = tl.dot(b_pl, b_qh, input_precision=PRECISION)
             b_dk = tl.dot(b_ph, b_ql, b_dk, input_precision=PRECISION)
             b_dk = tl.dot(b_ph, b_qh, b_dk, input_precision=PRECISION) * b_down
-        b_dx = tl.dot(b_v, tl.trans(b_d), input_precision=PRECISION)
+        if V <= BV:
+            b_dx = tl.dot(b_v, tl.trans(b_d), input_precision=PRECISION)
         if EXACT:
             b_dx *= tl.exp2(b_all[None, :] - b_c)
         else:

@@ -4,9 +4,10 @@ A row is keyed by architecture, launch, family of decays, bytes per operand and 
 decay, or one a head or row) and `key` (one a key). Launches: `split`, in its place where there is one `outputs` for the
 forward alone, which has registers for longer chunks and so fewer states, and the two shapes of pass of the fused one,
 whose programs hold a state of all rows of the class and block_v columns: `wide` with K rows (the output and dv) and
-`tall` with V rows (dq and dk), which are `grads` where they leave a decay's gradient too. In family `key` `tall` is no
-pass, but makes dq, dk and the decay's gradient of block_v keys and all values of one chunk, between the states that
-`states` and dv's pass leave. Head size classes bound the larger of K and V, or the rows of the state.
+`tall` with V rows (dq and dk), which are `grads` where they leave a decay's gradient too. In family `key` backward has
+no passes: `states` leaves the states at the ends of chunks, in blocks of keys and values, from which `chunks` makes dv
+and the output of heads that no pass holds, and `tall` dq, dk and the decay's gradient of block_v keys, block_k values
+at a time. Head size classes bound the larger of K and V, or the rows of the state.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.
@@ -69,15 +70,20 @@ def _split(arch: int, family: str, nbytes: int, *config: int) -> dict[Row, tuple
 
 
 def _passes(
-    arch: int, family: str, size: int, wide: tuple[int, ...], tall: tuple[int, ...], other: tuple[int, ...] = ()
+    arch: int, size: int, wide: tuple[int, ...], tall: tuple[int, ...], grads: tuple[int, ...] = ()
 ) -> dict[Row, tuple[Config, ...]]:
-    """The fused launch takes operands of two bytes, and all rows of a state at once; `other` is `grads` or `states`."""
-    shapes = {"wide": wide, "tall": tall, "grads" if family == "row" else "states": other or tall}
-    return {Row(arch, name, family, 2, size): (Config(x[0], size, *x[1:]),) for name, x in shapes.items()}
+    """The fused launch takes operands of two bytes, and all rows of a state at once."""
+    shapes = {"wide": wide, "tall": tall, "grads": grads or tall}
+    return {Row(arch, name, "row", 2, size): (Config(x[0], size, *x[1:]),) for name, x in shapes.items()}
+
+
+def _gate(arch: int, size: int, launch: str, *config: int) -> dict[Row, tuple[Config, ...]]:
+    """What the fused launch has for a gate a key: `wide` has all rows of a state at once, the others have blocks."""
+    return {Row(arch, launch, "key", 2, size): (Config(*config),)}
 
 
 # Columns: chunk, block_k, block_v, num_warps, num_stages, shared, stack; a pass has no block_k, and `wide` is first,
-# then `tall`, then `grads`, if that is not `tall`, or `states`.
+# then `tall`, then `grads`, if that is not `tall`.
 TABLE: dict[Row, tuple[Config, ...]] = {
     **_split(80, "row", 2, 64, 32, 32, 4, 2, 16384),
     **_split(80, "key", 2, 64, 32, 64, 4, 2, 25088),
@@ -92,14 +98,32 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_split(100, "row", 4, 32, 16, 16, 4, 1, 8192),
     **_split(100, "key", 4, 32, 32, 32, 4, 2, 16896),
     Row(90, "outputs", "row", 2, 256): (Config(128, 128, 128, 8, 2, 196608),),
-    **_passes(80, "row", 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408), (32, 64, 4, 2, 24576)),
-    **_passes(80, "row", 128, (32, 64, 8, 2, 37888), (32, 64, 8, 2, 37888)),
-    **_passes(80, "key", 64, (32, 64, 4, 2, 28672), (32, 64, 4, 1, 24704), (32, 64, 4, 2, 24576)),
-    **_passes(80, "key", 128, (32, 64, 8, 2, 53248, 168), (32, 64, 4, 1, 32768), (32, 64, 8, 2, 45056, 200)),
-    **_passes(90, "row", 64, (64, 64, 4, 3, 82944), (64, 64, 4, 3, 82944)),
-    **_passes(90, "row", 128, (32, 64, 4, 4, 80896), (32, 64, 4, 4, 80896), (64, 64, 4, 2, 91392, 96)),
-    **_passes(90, "key", 64, (64, 64, 4, 2, 75776, 16), (64, 64, 4, 1, 65536), (64, 64, 4, 3, 107520)),
-    **_passes(90, "key", 128, (32, 128, 8, 4, 128000, 72), (64, 64, 4, 1, 98304, 80), (64, 128, 8, 3, 215040, 80)),
+    **_passes(80, 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408), (32, 64, 4, 2, 24576)),
+    **_passes(80, 128, (32, 64, 8, 2, 37888), (32, 64, 8, 2, 37888)),
+    **_gate(80, 64, "wide", 32, 64, 64, 4, 2, 28672),
+    **_gate(80, 64, "states", 32, 64, 64, 4, 2, 24576),
+    **_gate(80, 64, "chunks", 32, 64, 64, 4, 2, 40000),
+    **_gate(80, 64, "tall", 32, 64, 64, 4, 1, 24704),
+    **_gate(80, 128, "wide", 32, 128, 64, 8, 2, 53248, 168),
+    **_gate(80, 128, "states", 32, 128, 64, 8, 2, 45056, 200),
+    **_gate(80, 128, "chunks", 32, 64, 64, 4, 2, 40000),
+    **_gate(80, 128, "tall", 32, 128, 64, 4, 1, 32768),
+    **_gate(80, 256, "states", 32, 64, 64, 4, 2, 40000),
+    **_gate(80, 256, "chunks", 32, 64, 64, 4, 2, 40000),
+    **_gate(80, 256, "tall", 32, 64, 64, 4, 1, 40000),
+    **_passes(90, 64, (64, 64, 4, 3, 82944), (64, 64, 4, 3, 82944)),
+    **_passes(90, 128, (32, 64, 4, 4, 80896), (32, 64, 4, 4, 80896), (64, 64, 4, 2, 91392, 96)),
+    **_gate(90, 64, "wide", 64, 64, 64, 4, 2, 75776, 16),
+    **_gate(90, 64, "states", 64, 64, 64, 4, 3, 107520),
+    **_gate(90, 64, "chunks", 64, 64, 64, 4, 2, 34816),
+    **_gate(90, 64, "tall", 64, 64, 64, 4, 1, 65536),
+    **_gate(90, 128, "wide", 32, 128, 128, 8, 4, 128000),
+    **_gate(90, 128, "states", 64, 128, 128, 8, 3, 215040, 80),
+    **_gate(90, 128, "chunks", 64, 64, 128, 4, 2, 83968, 128),
+    **_gate(90, 128, "tall", 64, 128, 64, 4, 1, 98304, 96),
+    **_gate(90, 256, "states", 64, 64, 256, 8, 3, 182272),
+    **_gate(90, 256, "chunks", 64, 64, 128, 4, 2, 83968, 72),
+    **_gate(90, 256, "tall", 64, 64, 64, 4, 1, 49152, 104),
 }
 
 

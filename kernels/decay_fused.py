@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_compile.kernels.decay_fused_gates import launch_grads, launch_rows, launch_states, new_states, segments_of
+from fla_compile.kernels.decay_fused_gates import launch_grads, launch_outputs, launch_states, new_states, segments_of
 from fla_compile.kernels.decay_heads import shares, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
@@ -159,7 +159,8 @@ def scan_forward(
     scales = 1.0, scale, 1.0
     if plan.kind == "vector":
         assert g is not None
-        launch_rows(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, st=final, packed=packed)
+        where: dict[str, Any] = dict(packed=packed, packing=packing)
+        launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, st=final, **where)
     else:
         _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=scales, st=final, packed=packed)
     return o, ht
@@ -224,9 +225,11 @@ def _launch_backward(
         if o is None:
             launch_states(plan, k, v, g, reverse=False, s0=h0, h=h, packed=ahead)
         else:
-            launch_rows(plan, q, k, v, g, o, reverse=False, s0=h0, scales=(1.0, scale, 1.0), h=h, packed=ahead)
+            scales = 1.0, scale, 1.0
+            launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, h=h, packed=ahead, packing=packing)
         scales = down, scale, scale
-        launch_rows(plan, k, q, do, g, dv, reverse=True, s0=dht, scales=scales, st=final, h=d, packed=back)
+        where: dict[str, Any] = dict(st=final, h=d, packed=back, packing=packing)
+        launch_outputs(plan, k, q, do, g, dv, reverse=True, s0=dht, scales=scales, **where)
         launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing)
         return dq, dk, dv, dg, dh0
 

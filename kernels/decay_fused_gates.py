@@ -1,4 +1,4 @@
-"""Launches of the kernels for a gate a key, `decay_scan_gates` and `decay_chunk_gates`, from the plan of a call."""
+"""Launches of the kernels for a gate a key, `decay_scan_gates` and `decay_chunk_*`, from the plan of a call."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_chunk_gates import chunk_grads_kernel, chunk_states_kernel
+from fla_compile.kernels.decay_chunk_outputs import chunk_outputs_kernel
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
@@ -14,7 +15,7 @@ from fla_compile.kernels.decay_scan_gates import chunk_scan_rows_kernel
 from fla_compile.kernels.decay_segments import Packing, Part
 from fla_compile.kernels.launch import Launch, layout, remember
 
-__all__ = ["launch_grads", "launch_rows", "launch_states", "new_states", "segments_of"]
+__all__ = ["launch_grads", "launch_outputs", "launch_states", "new_states", "segments_of"]
 
 # The second launch, for decays out of range, works on few programs, if any: what counts is that it is right.
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
@@ -28,38 +29,62 @@ def segments_of(plan: Scans, packed: Part | None) -> int:
 
 def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Tensor:
     """A state for every chunk of a tall pass of each segment and head, V x K numbers in some order."""
-    chunks = plan.B * plan.segments * triton.cdiv(plan.length, plan.tall.chunk) if packing is None else packing.chunks
-    return torch.empty(chunks * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+    return torch.empty(_chunks(plan, packing)[2] * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
 
 
-def launch_rows(
+def launch_outputs(
     plan: Scans, x: Tensor, z: Tensor, w: Tensor, g: Tensor, y: Tensor, *, reverse: bool, s0: Tensor | None,
     scales: tuple[float, float, float], st: Tensor | None = None, h: Tensor | None = None, packed: Part | None = None,
+    packing: Packing | None = None,
 ) -> None:  # fmt: skip
-    """The pass for o, or in reverse for dv; to h the states at the ends of chunks of `plan.tall`."""
+    """o, or in reverse dv; to h, if given, the states at the ends of chunks, from which it is made then."""
+    if h is not None or not plan.held:
+        h = new_states(plan, z, packing) if h is None else h
+        s_in, s_y, s_st = scales
+        launch_states(plan, z, w, g, reverse=reverse, s0=s0, st=st, h=h, scales=(s_in, s_st), packed=packed)
+        _launch_chunks(plan, x, z, w, g, h, y, s_y, reverse=reverse, packing=packing)
+        return
     config = plan.wide
     programs = segments_of(plan, packed) * plan.H * triton.cdiv(plan.V, config.block_v)
-    operands = x, z, w, g, s0, y, st, h, _ranges(plan, programs, z), *_parts(packed)
-    every = 1 if h is None else plan.tall.chunk // config.chunk
-    flags = every, reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
+    operands = x, z, w, g, s0, y, st, _ranges(plan, programs, z), *_parts(packed)
+    flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (*scales, plan.limit)
-    _launch(chunk_scan_rows_kernel, plan, config, programs, operands, numbers, plan.segments, *ways, exact=True)
+    _launch(chunk_scan_rows_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, exact=True)
 
 
 def launch_states(
     plan: Scans, z: Tensor, w: Tensor, g: Tensor, *, reverse: bool, s0: Tensor | None = None, st: Tensor | None = None,
-    gt: Tensor | None = None, h: Tensor | None = None, packed: Part | None = None,
+    gt: Tensor | None = None, h: Tensor | None = None, scales: tuple[float, float] = (1.0, 1.0),
+    packed: Part | None = None,
 ) -> None:  # fmt: skip
-    """The states before each chunk of `plan.tall` to h, the last to st, the decay of each segment to gt."""
+    """The states before each chunk to h, the last to st, the decay of each segment to gt; s0 is read
+    times the first of `scales`, st written times the second."""
     config = plan.states
     assert config is not None
     programs = segments_of(plan, packed) * plan.H * triton.cdiv(plan.V, config.block_v)
+    grid = programs, triton.cdiv(plan.K, config.block_k)
     operands = z, w, g, s0, st, gt, h, *_parts(packed)
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways = tile, flags, shares(plan.H, z, w, g)
-    _launch(chunk_states_kernel, plan, config, programs, operands, (1.0, 1.0), plan.segments, *ways, exact=False)
+    _launch(chunk_states_kernel, plan, config, grid, operands, scales, plan.segments, *ways, exact=False)
+
+
+def _launch_chunks(
+    plan: Scans, x: Tensor, z: Tensor, w: Tensor, g: Tensor, h: Tensor, y: Tensor, scale: float, *, reverse: bool,
+    packing: Packing | None,
+) -> None:  # fmt: skip
+    """o, or in reverse dv, of each chunk from the states before or after it."""
+    config = plan.chunks
+    assert config is not None
+    table, segments, chunks = _chunks(plan, packing)
+    programs = chunks * plan.H * triton.cdiv(plan.V, config.block_v)
+    operands = x, z, w, g, h, y, _ranges(plan, programs, z), table
+    flags = reverse, table is None and plan.T % config.chunk == 0
+    tile = config.chunk, config.block_k, config.block_v
+    ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (scale, plan.limit)
+    _launch(chunk_outputs_kernel, plan, config, (programs,), operands, numbers, segments, *ways, exact=True)
 
 
 def launch_grads(
@@ -68,17 +93,20 @@ def launch_grads(
 ) -> None:  # fmt: skip
     """dq, and with d, the gradients of states, dk and dg if given."""
     config = plan.tall
-    if packing is None:
-        packed, segments = None, plan.segments
-        chunks = plan.B * segments * triton.cdiv(plan.length, config.chunk)
-    else:
-        packed, segments, chunks = packing.part(None), packing.segments, packing.chunks
+    table, segments, chunks = _chunks(plan, packing)
     programs = chunks * plan.H * triton.cdiv(plan.K, config.block_v)
-    operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), None if packed is None else packed.table
-    flags = (packed is None and plan.T % config.chunk == 0,)
+    operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), table
+    flags = (table is None and plan.T % config.chunk == 0,)
     tile = config.chunk, config.block_v, config.block_k
     ways, numbers = (tile, flags, shares(plan.H, q, k, v, g)), (scale, plan.limit)
-    _launch(chunk_grads_kernel, plan, config, programs, operands, numbers, segments, *ways, exact=True)
+    _launch(chunk_grads_kernel, plan, config, (programs,), operands, numbers, segments, *ways, exact=True)
+
+
+def _chunks(plan: Scans, packing: Packing | None) -> tuple[Tensor | None, int, int]:
+    """The table of segments, their number, and that of chunks with a state for each head."""
+    if packing is None:
+        return None, plan.segments, plan.B * plan.segments * triton.cdiv(plan.length, plan.tall.chunk)
+    return packing.part(None).table, packing.segments, packing.chunks
 
 
 def _parts(packed: Part | None) -> tuple[Tensor | None, Tensor | None]:
@@ -92,14 +120,14 @@ def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
 
 
 def _launch(
-    kernel: Any, plan: Scans, config: Config, programs: int, operands: tuple[Tensor | None, ...],
+    kernel: Any, plan: Scans, config: Config, grid: tuple[int, ...], operands: tuple[Tensor | None, ...],
     numbers: tuple[float, ...], segments: int, tile: tuple[int, ...], flags: tuple[int, ...],
     heads: tuple[int, ...], *, exact: bool,
 ) -> None:  # fmt: skip
     """`kernel` as the table has it, and again for what that finds out of range."""
     layouts = tuple(map(layout, operands))
     for again in ((True,) if plan.limit < 0 else (False, True)) if exact else (None,):
-        key = (kernel.fn, plan, programs, segments, flags, again, layouts)
+        key = (kernel.fn, plan, grid, segments, flags, again, layouts)
         launch = _launches.get(key)
         if launch is None:
             # only the tiles of the table are known to compile to what they mean: smaller sizes are masked
@@ -107,6 +135,6 @@ def _launch(
             rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads)
             options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
             device = next(x.device for x in operands if x is not None)
-            launch = Launch(kernel, device, (programs,), (*sizes, *rest), **options)
+            launch = Launch(kernel, device, grid, (*sizes, *rest), **options)
             remember(_launches, key, launch)
         launch(*operands, *map(float, numbers))

@@ -26,8 +26,9 @@ FEW_STEPS = 16
 class Scans:
     """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
 
-    Under a gate a key `tall` has blocks of K and all of V for the gradients of one chunk, and `states` walks states
-    with K rows to the chunks of `tall`. Where outputs alone are planned, `tall` is `wide`.
+    Under a gate a key no pass is `tall`: `states` leaves the states at the ends of chunks, from which `chunks` makes
+    outputs and `tall` gradients, a chunk a program. Where no `wide` pass holds K rows, `chunks` stands in its place.
+    Where outputs alone are planned, `tall` is `wide`.
     """
 
     B: int
@@ -42,6 +43,12 @@ class Scans:
     precision: str
     limit: float
     states: Config | None = None
+    chunks: Config | None = None
+
+    @property
+    def held(self) -> bool:
+        """There is a pass for the output, which holds all keys of a state."""
+        return self.K <= self.wide.block_k
 
     @property
     def length(self) -> int:
@@ -62,7 +69,7 @@ def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, lim
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient.
     """
     grads = need_dg and kind in ("constant", "scalar")
-    launches = ["wide"] + ["states"] * (kind == "vector") + ["grads" if grads else "tall"] * (not forward)
+    launches = ["wide", *["states", "chunks"] * (kind == "vector"), *["grads" if grads else "tall"] * (not forward)]
     B, T, H, K = q.shape
     sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall)
     return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, given, tuple(launches))
@@ -78,24 +85,28 @@ def _plan(
     for launch in launches:
         asked = given[launch != "wide"]
         rows = (asked,) if asked else configs_for(
-            arch, launch, kind, dtype.itemsize, K if launch in ("wide", "states") else V, shared
+            arch, launch, kind, dtype.itemsize, V if launch in ("tall", "grads") else K, shared
         )  # fmt: skip
-        if not rows:
+        if rows:
+            found[launch] = rows[0]
+        elif launch != "wide" or kind != "vector":
             return None
-        found[launch] = rows[0]
-    wide, states = found["wide"], found.get("states")
-    tall = found.get("tall", found.get("grads", wide))
-    # what a pass leaves at the ends of chunks is read by chunks of `tall`
-    assert states is None or tall is wide or (states.chunk == tall.chunk and tall.chunk % wide.chunk == 0)
+    states, chunks = found.get("states"), found.get("chunks")
+    wide = found.get("wide") or found["chunks"]
+    if "wide" not in found and K <= wide.block_k:  # a row that does not fit
+        return None
+    tall = found.get("tall") or found.get("grads") or wide
+    if states is not None and chunks is not None:  # what is left at the ends of chunks is read by chunks as long
+        assert states.chunk == chunks.chunk and (tall is wide or states.chunk == tall.chunk)
     # the two directions cut time alike, whatever their chunks
     chunk = _chunk(wide, tall, states)
     if segments is None:
-        cut = _cutting(device, H, V if tall is wide else K, V, wide, tall, states)
+        cut = _cutting(device, H, K, V, wide, tall, states)
         segments = segment_count(T, steps=B * T, **cut)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states)
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks)
 
 
 def _chunk(wide: Config, tall: Config, states: Config | None) -> int:
@@ -106,9 +117,14 @@ def _cutting(
     device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config, states: Config | None
 ) -> dict[str, int]:
     """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
-    other = triton.cdiv(K, tall.block_v) if states is None else triton.cdiv(V, states.block_v)
-    programs, chunk = H * min(triton.cdiv(V, wide.block_v), other), _chunk(wide, tall, states)
-    room = RESIDENT * multiprocessors(device)
+    blocks, chunk = triton.cdiv(V, wide.block_v), _chunk(wide, tall, states)
+    if states is None:
+        blocks = blocks if tall is wide else min(blocks, triton.cdiv(K, tall.block_v))
+    elif K <= wide.block_k:
+        blocks = min(blocks, triton.cdiv(V, states.block_v))
+    else:
+        blocks = triton.cdiv(K, states.block_k) * triton.cdiv(V, states.block_v)
+    programs, room = H * blocks, RESIDENT * multiprocessors(device)
     return dict(programs=programs, chunk=chunk, room=room, resident=RESIDENT, shortest=max(chunk, SHORTEST[chunk > 32]))
 
 

@@ -342,7 +342,8 @@ def chunk_scan_kernel(
             elif DECAY == ROW_DECAY:
                 b_gi, b_gj = steps(b_g, TURNED != REVERSE)
                 b_a *= tl.exp2(b_gi - b_gj)
-            b_p = tl.where(m_a, b_a, 0.0).to(dtype)
+            b_a = tl.where(m_a, b_a, 0.0)
+            b_p = b_a.to(dtype)
             b_y = product(b_x, turn(b_s.to(dtype), TURNED), None, TURNED, PRECISION)
             if DECAY != NO_DECAY:
                 if REVERSE:
@@ -355,6 +356,9 @@ def chunk_scan_kernel(
                 store_sums(p_r + NW * T + o_t, b_y, b_e, s_y, m_r, TURNED)
                 b_y += b_i
             else:
+                if TURNED and DECAY == ROW_DECAY and PART == PLAIN:
+                    b_l = (b_a - b_p.to(tl.float32)).to(dtype)
+                    b_y = product(turn(b_l, TURNED), b_w, b_y, TURNED, PRECISION)
                 b_y = product(turn(b_p, TURNED), b_w, b_y, TURNED, PRECISION)
             if PART == QUERIES:
                 store_sums(p_r + o_t, b_y, b_e, s_y, m_r, TURNED)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fla_compile.kernels.launch import Launch, layout, remember
 
-__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments", "pack", "segment_count"]
+__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments", "chunk_of", "pack", "segment_count"]
 
 # A segment shorter than this many chunks, unless its launch knows better, costs more in states than it gains; so does a
 # cut in two.
@@ -111,6 +111,43 @@ def chain_joints_kernel(
         b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
         b_s = decayed(b_s, p_gt, None, i_u, o_s, m_s, K, V, DECAY) + b_u
         tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
+
+
+@triton.jit
+def chunk_of(p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr):
+    """One program for each chunk of each segment, head and X block: block, head, first step of the chunk and the one
+    after the last of its segment, first row of the sequence, number of the chunk's state. With a table, n_s counts its
+    rows."""
+    NX: tl.constexpr = tl.cdiv(X, BX)
+    i_p = tl.program_id(0) // NX
+    if p_table is None:
+        n_c = tl.cdiv(L, C)
+        i_nh = i_p // n_c
+        i_h = i_nh % H
+        i_n = i_nh // H
+        t_0 = (i_n % n_s) * L + (i_p % n_c) * C
+        t_e = tl.minimum((i_n % n_s) * L + L, T)
+        i_seq = (i_n // n_s).to(tl.int64) * T * H + i_h
+        i_state = i_p.to(tl.int64)
+    else:
+        i_h = i_p % H
+        i_c = i_p // H
+        i_n = 0
+        i_e = n_s
+        while i_n + 1 < i_e:  # rows are numbered with their first chunks
+            i_m = (i_n + i_e) // 2
+            if tl.load(p_table + i_m * COLUMNS + 2) <= i_c:
+                i_n = i_m
+            else:
+                i_e = i_m
+        p_row = p_table + i_n * COLUMNS
+        i_first = tl.load(p_row + 2)
+        t_a = tl.load(p_row)
+        t_e = tl.load(p_row + 1)
+        t_0 = t_a + (i_c - i_first) * C
+        i_seq = i_h.to(tl.int64)
+        i_state = i_first.to(tl.int64) * H + i_h * tl.cdiv(t_e - t_a, C) + (i_c - i_first)
+    return tl.program_id(0) % NX, i_h, t_0, t_e, i_seq, i_state
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}

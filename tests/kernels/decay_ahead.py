@@ -4,6 +4,7 @@ import triton
 
 from fla_compile.kernels import (
     decay_chunk_gates,
+    decay_chunk_outputs,
     decay_fused,
     decay_fused_gates,
     decay_scan,
@@ -81,26 +82,30 @@ def sums_of(row, kind):
 
 def gates_of(row, values=None, packed=False):
     """What a row of a gate a key launches; the output under a decay over values is what `tall` has without p_d."""
-    config = TABLE[row][0]
-    absent = {} if packed else dict(p_table=None, p_u=None)
+    config, gates = TABLE[row][0], decay_chunk_gates
+    table = {} if packed else dict(p_table=None)
+    joints = {} if packed else dict(p_u=None)
     if row.launch == "tall":
-        tile = dict(H=4, K=values or row.size, V=row.size, C=config.chunk, BK=config.block_v, BV=row.size)
-        tile |= dict(EVEN=not packed) | {n: x for n, x in absent.items() if n == "p_table"}
+        tile = dict(H=4, K=values or row.size, V=row.size, C=config.chunk, BK=config.block_v, BV=config.block_k)
+        tile |= dict(EVEN=not packed) | table
         alone = dict.fromkeys(("p_q", "p_d", "p_dk", "p_dg"))
         for exact in (False, True):
-            yield decay_chunk_gates.chunk_grads_kernel, dict(tile, EXACT=exact)
-            yield decay_chunk_gates.chunk_grads_kernel, dict(tile, EXACT=exact, **alone)
+            yield gates.chunk_grads_kernel, dict(tile, EXACT=exact)
+            yield gates.chunk_grads_kernel, dict(tile, EXACT=exact, **alone)
         return
-    tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, **absent)
+    tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=config.block_k, BW=config.block_v, **table)
     for reverse in (False, True):
-        tile |= dict(REVERSE=reverse, FINAL=True, HAS_S0=True, EVEN=not reverse and not packed)
+        tile |= dict(REVERSE=reverse, EVEN=not reverse and not packed)
+        walk = dict(tile, FINAL=True, HAS_S0=True, **joints)
         if row.launch == "states":
-            yield decay_chunk_gates.chunk_states_kernel, dict(tile, p_gt=None)
-            yield decay_chunk_gates.chunk_states_kernel, dict(tile, HAS_S0=False, p_h=None, p_s0=None, p_u=None)
+            yield gates.chunk_states_kernel, dict(walk, p_gt=None)
+            yield gates.chunk_states_kernel, dict(walk, HAS_S0=False, p_h=None, p_s0=None, p_u=None)
             continue
         for exact in (False, True):
-            yield decay_scan_gates.chunk_scan_rows_kernel, dict(tile, EXACT=exact, EVERY=1, p_h=None)
-            yield decay_scan_gates.chunk_scan_rows_kernel, dict(tile, EXACT=exact, EVERY=64 // config.chunk)
+            if row.launch == "chunks":
+                yield decay_chunk_outputs.chunk_outputs_kernel, dict(tile, EXACT=exact)
+            else:
+                yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact)
 
 
 def passes_of(row, kind, values=None, packed=False):

@@ -1,0 +1,102 @@
+"""Outputs and dv under a gate a key from the state at each chunk's ends, all chunks side by side.
+
+`chunk_states_kernel` leaves the states, a block of keys a program; a pass holds all keys and keeps none. With S the
+state before a chunk, forward, or R the gradient of the state after it, in reverse,
+
+    y_i = x~_i^T S~ + sum_{j <= i} (x~_i . z~_j) w_j
+
+with the factors of `decay_scan_gates`, in two parts as there. The scores are sums over all keys, so a program takes the
+keys block by block, and has a block of columns. One that meets a chunk out of range leaves that to a second launch of
+the same program (EXACT), which takes every exp(c_i - c_j) by itself.
+"""
+
+import triton
+import triton.language as tl
+
+from fla_compile.kernels.decay_chunk_gates import load_masked
+from fla_compile.kernels.decay_scan import load_tile, store_tile, tile_mask
+from fla_compile.kernels.decay_scan_gates import channel_sums, from_middle, halves, load_gates, load_row
+from fla_compile.kernels.decay_segments import chunk_of
+from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
+
+__all__ = ["chunk_outputs_kernel"]
+
+
+@triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
+def chunk_outputs_kernel(
+    p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_table, s_y, limit, T, L, n_s,
+    H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    REVERSE: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
+):  # fmt: skip
+    """One program for each chunk, head and W block; p_h holds the states. y is written times s_y. R.: as in
+    `chunk_scan_kernel`."""
+    if EXACT:
+        if tl.load(p_range + tl.program_id(0)) <= limit:
+            return
+    i_w, _, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, W, BW, C)
+    if t_0 >= t_e:
+        return
+    dtype = p_w.dtype.element_ty
+    o_c = tl.arange(0, C)
+    o_w = i_w * BW + tl.arange(0, BW)
+    i_row = i_seq + t_0.to(tl.int64) * H
+    m_c = t_0 + o_c < t_e
+    m_w = tile_mask(m_c, o_w, W, BW, EVEN)
+    p_x += i_row // RX * X
+    p_z += i_row // RZ * X
+    p_g += i_row // RG * X
+    p_h += i_state * (X * W)
+    if REVERSE:
+        m_a = o_c[None, :] >= o_c[:, None]
+    else:
+        m_a = o_c[:, None] >= o_c[None, :]
+    b_y = tl.zeros((C, BW), tl.float32)
+    b_a = tl.zeros((C, C), tl.float32)
+    b_range = tl.zeros((BX,), tl.float32)
+    for i_x in range(tl.cdiv(X, BX)):
+        o_x = i_x * BX + tl.arange(0, BX)
+        m_x = tile_mask(m_c, o_x, X, BX, EVEN)
+        b_h = load_masked(p_h + (o_x * W)[:, None] + o_w[None, :], tile_mask(o_x < X, o_w, W, BW, X % BX == 0))
+        b_x = load_tile(p_x, o_c * (H // RX), o_x, m_x, X)
+        b_g = load_gates(p_g, o_c * (H // RG), o_x, m_x, X)
+        if EXACT:
+            b_e = tl.zeros((C, BX), tl.float32)
+            n_j = tl.minimum(t_e - t_0, C)
+            for i_j in range(n_j):
+                j = i_j
+                if not REVERSE:
+                    j = n_j - 1 - i_j
+                b_gj = as_decay(load_row(p_g + j * (H // RG) * X, o_x, X)) * LOG2_E
+                b_zj = load_row(p_z + j * (H // RZ) * X, o_x, X)
+                if REVERSE:
+                    b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
+                b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
+                b_a += tl.where((o_c == j)[None, :], b_aj[:, None], 0.0)
+                if not REVERSE:
+                    b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
+            b_e = tl.cumsum(b_g, 0)
+            if REVERSE:
+                b_e = tl.sum(b_g, 0)[None, :] - b_e
+            b_x = (b_x * tl.exp2(b_e)).to(dtype)
+        else:
+            b_z = load_tile(p_z, o_c * (H // RZ), o_x, m_x, X)
+            b_gh, b_gl = halves(b_g, dtype)
+            b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION)
+            b_range = tl.maximum(b_range, channel_sums(tl.abs(b_gh), None, C, PRECISION))
+            b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
+            b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
+            b_f = b_x * tl.exp2(b_e)
+            b_x, b_xl = halves(b_f, dtype)
+            b_a = tl.dot(b_xl, tl.trans(b_z), b_a, input_precision=PRECISION)
+            b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
+            b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
+            b_x = (b_f * b_half[None, :]).to(dtype)
+        b_y = tl.dot(b_x, b_h, b_y, input_precision=PRECISION)
+    b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
+    b_a, b_al = halves(tl.where(m_a, b_a, 0.0), dtype)
+    b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
+    b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
+    store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
+    if not EXACT:
+        tl.store(p_range + tl.program_id(0), tl.max(b_range, 0))
