@@ -16,8 +16,8 @@ and dq without its diagonal, for each channel
     dg_t = e^L <S, R> + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
 
 where pairs on one side of t cancel to rounding. No sum leaves its chunk: paths that a strong decay has cut contribute
-nothing. Where a pair grew by e^x its rounding would be 2^-24 e^x, however small dg_t: EXACT adds up the pairs of
-j < t <= i alone.
+nothing. Where a pair grew by e^x its rounding would be 2^-24 e^x, however small dg_t: a program that meets a step that
+grows counts as one out of range, and EXACT adds up the pairs of j < t <= i alone.
 
 `chunk_states_kernel` leaves S, or what a segment adds to it: its factors, e^{L - c_j} forward and e^{c_i} in reverse,
 are never out of range.
@@ -42,6 +42,10 @@ from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
+
+# A step that grows by 2^x takes 2 x GROWTH of the range: of the largest, 200, so that 64 steps below it grow by less
+# than 2^10, which leaves seven bits of the factors' two parts in bfloat16. Float16's own range says less than 2^12.
+GROWTH = tl.constexpr(640.0)
 
 
 @triton.jit
@@ -178,7 +182,10 @@ def chunk_grads_kernel(
     b_c = tl.cumsum(b_g, 0)
     if not EXACT:
         b_e = b_c - 0.5 * b_all[None, :]
-        tl.store(p_range + tl.program_id(0), 2.0 * tl.max(tl.abs(b_e)))
+        b_range = tl.abs(b_e)
+        if p_dg is not None and dtype != tl.float16:
+            b_range = tl.maximum(b_range, b_g * GROWTH)
+        tl.store(p_range + tl.program_id(0), 2.0 * tl.max(b_range))
         b_up, b_down, b_half = tl.exp2(b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
         b_kh, b_kl = halves(b_k * b_down, dtype)
         if p_d is not None:
