@@ -124,6 +124,11 @@ def interpret() -> None:
         for choices in ways[: 2 if case.T == 96 else 1]:
             check_results(case, x, run_kernels(x, scans=scans_of(case, x, scan, **choices)), dtype, truth)
         print("ok fused", case)
+    for decay in GROWING:
+        case = Case("gla", 40, decay, B=1, H=2, K=20, V=8)
+        x = make_inputs(case, torch.float32)
+        check_results(case, x, run_kernels(x, larger), torch.float32)
+        print("ok", case)
     # float32 stands in for bfloat16, whose limit it has
     for limit, decay in ((None, "peak"), (-1.0, "peak"), (None, "alternating")):
         case = Case("gla", 40, decay, B=1, H=1, K=8, V=8)
@@ -146,7 +151,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 32
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 34
 
 
 def test_every_size_has_a_split_row():
