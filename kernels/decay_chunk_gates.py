@@ -16,7 +16,8 @@ and dq without its diagonal, for each channel
     dg_t = e^L <S, R> + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
 
 where pairs on one side of t cancel to rounding. No sum leaves its chunk: paths that a strong decay has cut contribute
-nothing.
+nothing. Where a pair grew by e^x its rounding would be 2^-24 e^x, however small dg_t: a program that meets a step that
+grows counts as one out of range, and EXACT adds up the pairs of j < t <= i alone.
 
 `chunk_states_kernel` leaves S, or what a segment adds to it: its factors, e^{L - c_j} forward and e^{c_i} in reverse,
 are never out of range.
@@ -41,6 +42,10 @@ from fla_compile.kernels.decay_segments import chunk_of
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
+
+# A step that grows by 2^x takes 2 x GROWTH of the range: of the largest, 200, so that 64 steps below it grow by less
+# than 2^10, which leaves seven bits of the factors' two parts in bfloat16. Float16's own range says less than 2^12.
+GROWTH = tl.constexpr(640.0)
 
 
 @triton.jit
@@ -177,7 +182,10 @@ def chunk_grads_kernel(
     b_c = tl.cumsum(b_g, 0)
     if not EXACT:
         b_e = b_c - 0.5 * b_all[None, :]
-        tl.store(p_range + tl.program_id(0), 2.0 * tl.max(tl.abs(b_e)))
+        b_range = tl.abs(b_e)
+        if p_dg is not None and dtype != tl.float16:
+            b_range = tl.maximum(b_range, b_g * GROWTH)
+        tl.store(p_range + tl.program_id(0), 2.0 * tl.max(b_range))
         b_up, b_down, b_half = tl.exp2(b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
         b_kh, b_kl = halves(b_k * b_down, dtype)
         if p_d is not None:
@@ -190,6 +198,8 @@ def chunk_grads_kernel(
         b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
     if EXACT:
         b_dq *= tl.exp2(b_c)
+        if p_dg is not None:
+            b_dg = tl.cumsum(b_q * b_dq, 0, reverse=True)
         b_dk = tl.zeros((C, BK), tl.float32)
         b_e = tl.zeros((C, BK), tl.float32)
         n_j = tl.minimum(t_e - t_0, C)
@@ -200,7 +210,10 @@ def chunk_grads_kernel(
             b_pj = tl.sum(tl.where((o_c == j)[None, :], b_p, 0.0), 1)[:, None] * tl.exp2(b_e)
             b_dq += b_pj * b_kj[None, :]
             if p_d is not None:
-                b_dk += tl.where((o_c == j)[:, None], tl.sum(b_pj * b_q, 0)[None, :], 0.0)
+                b_pj *= b_q
+                b_dk += tl.where((o_c == j)[:, None], tl.sum(b_pj, 0)[None, :], 0.0)
+                if p_dg is not None:
+                    b_dg += tl.where((o_c > j)[:, None], tl.cumsum(b_pj * b_kj[None, :], 0, reverse=True), 0.0)
             b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
     else:
         b_ph, b_pl = halves(b_p, dtype)
@@ -210,20 +223,22 @@ def chunk_grads_kernel(
         b_dq = tl.dot(b_ph, b_kh, b_dq, input_precision=PRECISION) * b_up
     store_tile(p_dq + i_row * K, (b_dq + b_own[:, None] * b_k) * scale, o_c * H, o_k, m_k, K)
     if p_d is not None:
-        b_u = b_q * b_dq
         if V > BV:
-            b_pt = tl.zeros((C, C), tl.float32)
+            if not EXACT:
+                b_pt = tl.zeros((C, C), tl.float32)
             b_dx = tl.zeros((C, BK), tl.float32)
             b_x = tl.zeros((BK,), tl.float32)
             for i_v in range(tl.cdiv(V, BV)):
                 b_do, b_v = load_values(p_do, p_v, i_v, o_c, m_c, H, V, BV, RV, EVEN)
                 b_d = load_block(p_d, i_v, o_k, K, V, BK, BV)
-                b_pt = tl.dot(b_v, tl.trans(b_do), b_pt, input_precision=PRECISION)
+                if not EXACT:
+                    b_pt = tl.dot(b_v, tl.trans(b_do), b_pt, input_precision=PRECISION)
                 b_dx = tl.dot(b_v, tl.trans(b_d), b_dx, input_precision=PRECISION)
                 if p_dg is not None:
                     b_h = load_block(p_h, i_v, o_k, K, V, BK, BV)
                     b_x += tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
         if not EXACT:
+            b_u = b_q * b_dq
             if V <= BV:  # computed again: transposed, it would go through shared memory
                 b_pt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
             b_ph, b_pl = halves(tl.where(o_c[:, None] < o_c[None, :], b_pt, 0.0), dtype)
@@ -236,9 +251,14 @@ def chunk_grads_kernel(
             b_dx *= tl.exp2(b_all[None, :] - b_c)
         else:
             b_dx *= b_half[None, :] * b_down
-        b_u -= b_k * b_dk
+        if not EXACT:
+            b_u -= b_k * b_dk
         b_y = (b_dk + b_dx + b_own[:, None] * b_q) * scale
         store_tile(p_dk + i_row * K, b_y, o_c * H, o_k, m_k, K)
         if p_dg is not None:
-            b_dg = path_sums(b_u, b_k * b_dx, o_c, dtype) + (b_x * tl.exp2(b_all))[None, :]
+            if EXACT:
+                b_dg += sums_before(b_k * b_dx, 0)
+            else:
+                b_dg = path_sums(b_u, b_k * b_dx, o_c, dtype)
+            b_dg += (b_x * tl.exp2(b_all))[None, :]
             store_tile(p_dg + i_row * K, b_dg * scale, o_c * H, o_k, m_k, K)

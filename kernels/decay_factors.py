@@ -5,11 +5,11 @@ With b the cumulative sum of g over the C rows of a chunk, pairs of rows are lin
     A_ij = sum_k x_ik y_jk e^{b_ik - b_jk}        j <= i
 
 How A is factored into two matrices depends on how strong the decay is. A block of n rows is *mild* when the decay
-summed over each half of it is below `MILD`: then A = (x e^s)(y e^{-s})^T with s the sum counted from the middle of the
-block. The largest n for which all blocks are mild is the *leaf*. Blocks on the diagonal are leaves; a block below the
-diagonal, rows in one half of 2n and columns in the half before, is anchored at the boundary between the two, where
-both factors are decays and cannot overflow. Sums run only over the steps between a row and its anchor, so a reset of
--100 leaves the precision of its neighbours alone.
+summed over each half of it is below `MILD`, and the steps that grow below `GROWN`: then A = (x e^s)(y e^{-s})^T with s
+the sum counted from the middle of the block. The largest n for which all blocks are mild is the *leaf*. Blocks on the
+diagonal are leaves; a block below the diagonal, rows in one half of 2n and columns in the half before, is anchored at
+the boundary between the two, where both factors are decays and cannot overflow. Sums run only over the steps between a
+row and its anchor, so a reset of -100 leaves the precision of its neighbours alone.
 
 Tensors are [..., C, K] with three leading dimensions of which this file knows nothing; N is their product.
 """
@@ -21,6 +21,9 @@ from torch import Tensor
 
 # Largest sum of |g| over half a leaf: e^16 leaves room in float32, and sums to 16 keep 1e-6 of relative precision.
 MILD = 16.0
+# Largest sum of the steps of half a leaf that grow: of the pairs of a leaf, all that do not span a step cancel in its
+# gradient, to 2^-24 of the largest.
+GROWN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,8 @@ def decays(g: Tensor | None, C: int) -> Decay:
     first, second = (x.squeeze(-3) for x in halves_of(sums, C // 2))
     prefix_sum_(sums.unflatten(-2, (2, -1)))
     low, high = (x.item() for x in sums.aminmax())
-    if not (high - low <= MILD and -MILD <= low and high <= MILD):  # NaN is not mild either
+    mild = high - low <= MILD and -MILD <= low and high <= MILD  # NaN is not mild either
+    if not mild or (g.max().item() > 0 and g.clamp(min=0).sum(-2).max().item() > 2 * GROWN):
         return _blocked_decays(g, leaf_size(g))
     state_q, state_k = (x[..., -1:, :].mT.exp() for x in (first, second))
     first.sub_(first[..., -1:, :].clone())
@@ -99,8 +103,9 @@ def _blocked_decays(g: Tensor, leaf: int) -> Decay:
 
 
 def leaf_size(g: Tensor) -> int:
-    """The largest power of two n < C such that no half of a block of n rows decays (or grows) by more than MILD."""
-    size = g.abs()
+    """The largest power of two n < C such that no half of a block of n rows decays by more than MILD or grows by more
+    than GROWN."""
+    size = torch.maximum(-g, g * (MILD / GROWN))
     n = g.shape[-2] // 2
     while n > 1:
         if size.unflatten(-2, (-1, n // 2)).sum(-2).max().item() <= MILD:

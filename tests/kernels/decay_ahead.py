@@ -14,6 +14,7 @@ from fla_compile.kernels import (
     decay_triton_bwd,
     decay_triton_common,
     decay_triton_grads,
+    decay_triton_grown,
 )
 from fla_compile.kernels.decay_configs import TABLE
 
@@ -64,6 +65,7 @@ def kernels_of(row, kind, values=None):
             (common.chunk_key_scores_kernel, dict(K=row.size, C=config.chunk, BK=min(config.block_k, 32))),
             (grads.chunk_value_scores_kernel, dict(V=values, C=config.chunk, BV=config.block_v)),
             (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=False)),
+            (decay_triton_grown.chunk_grown_decay_grad_kernel, inside),
             # the output under a decay over values
             (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=True, **absent)),
             (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=True, p_dks=None, p_dgs=None, **absent)),

@@ -74,6 +74,7 @@ def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
     weak, some = g / 16, torch.rand(shape)
     # the state grows by e^70 and shrinks again, and so, from the end, does its gradient
     up = torch.arange(shape[1] if len(shape) > 1 else 1).view(-1, *[1] * (len(shape) - 2)) // 64 % 2 == 0
+    t = torch.arange(shape[1] if len(shape) > 1 else 1).view(-1, *[1] * (len(shape) - 2))
     return {
         "zero": torch.zeros(shape),
         "weak": weak,
@@ -85,6 +86,9 @@ def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
         "mixed": torch.where(some < 0.5, weak, 30 * g),
         "growing": -weak,
         "hills": torch.where(up, 1.1, -1.1).expand(shape),
+        # pairs of steps that grow by far more than the gradients of other steps are
+        "alternating": torch.where(t % 2 == 1, 70.0, -70.0).expand(shape),
+        "peak": torch.where(t == 13, 20.0, -2.5).expand(shape),
     }[kind]
 
 

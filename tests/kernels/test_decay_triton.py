@@ -14,7 +14,7 @@ from decay_ahead import compile_kernel, kernels_of, most_stack  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
-from range_cases import check_where_finite  # noqa: E402
+from range_cases import FLOOR, check_where_finite  # noqa: E402
 
 from fla_compile.kernels import (  # noqa: E402
     decay_fused,
@@ -28,6 +28,8 @@ KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True)
 # Relative rms error a narrow kernel may have whatever the narrow loop does: four roundings of its operands, and for
 # dg, a difference of such sums, sixteen.
 CAP = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12}
+# A row of a gradient between steps that grow is a sum of both signs, of few terms.
+GROWING, GROWN = ("alternating", "peak"), 1e-4
 # Below this a narrow product underflows (float16 keeps 2^-24), and an error relative to it says nothing.
 SMALLEST = {torch.bfloat16: 1e-30, torch.float16: 1e-5}
 
@@ -75,8 +77,11 @@ def check_results(case, x, got, dtype, truth=None, eager=None):
     errors = {}
     for name, y in got.items():
         kind = "forward" if name in ("o", "final_state") else "backward"
-        if case.decay == "hills":  # sums of g reach 70: they keep less than the budget's floor
-            check_where_finite(f"{case} {name}", y, truth[name], eager[name])
+        if case.decay in ("hills", *GROWING):  # sums of g reach 70: they keep less than the budget's floor
+            each = case.decay in GROWING
+            check_where_finite(
+                f"{case} {name}", y, truth[name], eager[name], floor=GROWN if each else FLOOR, every_row=each
+            )
         else:
             check_budget(f"{case} {name}", y, truth[name], eager[name].to(y.dtype), kind)
         size = truth[name].double().square().mean().sqrt().item()
@@ -119,6 +124,18 @@ def interpret() -> None:
         for choices in ways[: 2 if case.T == 96 else 1]:
             check_results(case, x, run_kernels(x, scans=scans_of(case, x, scan, **choices)), dtype, truth)
         print("ok fused", case)
+    for decay in GROWING:
+        case = Case("gla", 33, decay, B=1, H=1, K=8, V=8)
+        x = make_inputs(case, torch.float32)
+        check_results(case, x, run_kernels(x, larger), torch.float32)
+        print("ok", case)
+    # float32 stands in for bfloat16, whose limit it has
+    for limit, decay in ((None, "peak"), (-1.0, "peak"), (None, "alternating")):
+        case = Case("gla", 40, decay, B=1, H=1, K=8, V=8)
+        x = make_inputs(case, torch.float32)
+        scans = scans_of(case, x, scan, segments=1, limit=limit)
+        check_results(case, x, run_kernels(x, scans=scans), torch.float32)
+        print("ok fused", case)
     for family in FAMILIES[1:3]:  # a decay's gradient from block to block, and where nothing of the states is left
         for decay in ("zero", "very_strong", "resets"):
             case = Case(family, 100, decay, B=1, H=2, K=20, V=16)
@@ -134,7 +151,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 29
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 34
 
 
 def test_every_size_has_a_split_row():

@@ -42,6 +42,21 @@ def test_decay(family, decay):
     _check_decay(case, dataclasses.replace(x, **new))
 
 
+@pytest.mark.parametrize("family", ["simple_gla", "gla", "gla_values"])
+def test_growth_beside_small_gradients(family):
+    """A pair that grew by e^12 spans no other step, and leaves nothing in that step's gradient."""
+    case = decay_cases.Case(family, **SHAPE)
+    x = decay_cases.make_inputs(case, torch.float32)
+    name = "g" if x.gv is None else "gv"
+    g = torch.full_like(getattr(x, name), -0.3)
+    g[:, 30], g[:, 31] = 12.0, -12.0
+    x = dataclasses.replace(x, **{name: g})
+    got = decay_cases.results(getattr(decay_ops, family.removesuffix("_values")), case, x, torch.float32)
+    truth, eager = decay_cases.truth_and_eager(case, x, torch.float32)
+    for part, y in got.items():
+        check_where_finite(f"{case} {part}", y, truth[part], eager[part], floor=1e-4, every_row=True)
+
+
 def test_retention_that_grows():
     case = decay_cases.Case("retention", **SHAPE)
     x = decay_cases.make_inputs(case, torch.float32)
