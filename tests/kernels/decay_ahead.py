@@ -28,7 +28,8 @@ UNSHARED = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1)
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch, where it sets aside up to twelve.
 STACK = {2: 0, 4: 16}
-EXACT_STACK = 48  # of `chunk_grads_kernel`, whose elementwise products are three
+# Of `chunk_grads_kernel`, whose elementwise products are three: with all values at once, and in blocks.
+EXACT_STACK = 48, 56
 
 
 def kernels_of(row, kind, values=None):
@@ -161,5 +162,7 @@ def compile_kernel(kernel, constants, row, kind, precision):
 def most_stack(row, kernel, constants):
     """The exact launch has a tile of its own."""
     if constants.get("EXACT"):
-        return EXACT_STACK if kernel is decay_chunk_gates.chunk_grads_kernel else STACK[4]
+        if kernel is decay_chunk_gates.chunk_grads_kernel:
+            return EXACT_STACK[constants["V"] > constants["BV"]]
+        return STACK[4]
     return STACK[row.nbytes] + TABLE[row][0].stack

@@ -103,6 +103,7 @@ def interpret() -> None:
     cases += [(f, (3, 32, 97), "weak", half, small, 32, dict(H=1, K=20, V=24)) for f in FAMILIES[:3]]
     cases += [(f, (3, 32, 49), "weak", single, small, 32, dict(H=2, K=16, V=8)) for f in FAMILIES[1::2]]
     cases += [("gla", (5, 33), "resets", half, small, 32, dict(H=1, K=16, V=8))]
+    cases += [("gla", (3, 50), "weak", half, Config(32, 16, 16, 4, 1, 0), 32, dict(H=1, K=24, V=24))]
     cases += [("retention", (32, 32, 32), "weak", half, small, None, dict(H=1, K=16, V=16))]
     for family, lengths, decay, dtype, config, longest, sizes in cases:
         case, x, cu_seqlens = make_packed(family, lengths, dtype, decay, **sizes)
@@ -195,7 +196,7 @@ def operator_results(family, x, cu_seqlens, need_dg):
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 2 + 3 + 2
+    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 1 + 2 + 3 + 2
 
 
 @pytest.mark.parametrize(
@@ -298,8 +299,8 @@ def test_compiles(row, kind, whole):
         assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
 
 
-def gpu_inputs(family, lengths, dtype):
-    case, x, cu_seqlens = make_packed(family, lengths, dtype, H=2, K=128, V=96)
+def gpu_inputs(family, lengths, dtype, K=128, V=96):
+    case, x, cu_seqlens = make_packed(family, lengths, dtype, H=2, K=K, V=V)
     return case, type(x)(**{n: None if y is None else y.cuda() for n, y in vars(x).items()}), cu_seqlens
 
 
@@ -309,11 +310,11 @@ def relative_errors(got, truth):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gpu(family, record_property):
+@pytest.mark.parametrize(("family", "K", "V"), [*((f, 128, 96) for f in FAMILIES), ("gla", 200, 256)])
+def test_gpu(family, K, V, record_property):
     """Long sequences cut, short ones whole, twice alike; bounds are those of `test_decay_triton` without its loop."""
     dtype = torch.bfloat16
-    case, x, cu_seqlens = gpu_inputs(family, (1, 63, 700, 64, 65, 4096, 2), dtype)
+    case, x, cu_seqlens = gpu_inputs(family, (1, 63, 700, 64, 65, 4096, 2), dtype, K, V)
     truth = naive_packed(case, x, cu_seqlens, torch.float64)
     scans = decay_fused.plan_scans(x.q, x.v, KIND[family])
     packing = decay_fused.pack_scans(scans, [*pairwise(cu_seqlens.tolist())], x.q.device)

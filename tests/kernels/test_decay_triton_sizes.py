@@ -1,4 +1,4 @@
-"""More values than keys: the split launch for up to 512, the fused one for outputs wherever the keys fit."""
+"""More values than keys: the split launch for up to 512, the fused one wherever its rows hold what they must."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from fla_compile.kernels.decay_configs import KINDS, TABLE  # noqa: E402
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_many_values_compile(arch, kind):
-    """512 values: the split launch for up to 256 keys, and the passes that hold up to 128 keys of them."""
+    """512 values: the split launch for up to 256 keys, and what the fused one has for them."""
     for row in (row for row in TABLE if row.arch == arch and row.family == KINDS[kind]):
         if row.launch in ("tall", "grads") or (row.launch == "split" and row.size < 256):
             continue
@@ -36,7 +36,7 @@ def test_many_values_compile(arch, kind):
     [(torch.bfloat16, 64, 512), (torch.bfloat16, 128, 256), (torch.bfloat16, 256, 512), (torch.float32, 40, 300)],
 )
 def test_gpu_many_values(family, dtype, K, V):
-    """As the tables choose: outputs by passes where there are up to 128 keys, the rest by the split launch."""
+    """As the tables choose: outputs by passes where there are up to 128 keys, a gate a key fused, the rest split."""
     case = Case(family, 130, "weak", B=1, H=2, K=K, V=V)
     x = on_gpu(make_inputs(case, dtype))
     got, again = run_kernels(x), run_kernels(x)
