@@ -1,5 +1,10 @@
 """The operators as plain functions, each with the time loop that defines it."""
 
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
 from fla_compile.kernels.cross_entropy import cross_entropy, naive_cross_entropy
 from fla_compile.kernels.decay_naive import (
     naive_gla,
@@ -83,3 +88,7 @@ __all__ = [
     "simple_gla",
     "simple_gla_step",
 ]
+
+if torch.backends.cuda.is_built() and find_spec("triton"):
+    # Half a second of the first call on a GPU. None is looked for here: that would spoil a later fork.
+    import_module("fla_compile.kernels.decay_triton")

@@ -90,6 +90,21 @@ def test_dynamo_leaves_a_kernel_alone():
     assert any("add" in target for target in seen) and not any("mul" in target for target in seen)
 
 
+ON_A_CUDA_BUILD = """
+import sys, torch
+torch.backends.cuda.is_built = lambda: True
+import fla_compile.ops
+assert "fla_compile.kernels.decay_triton" in sys.modules
+assert "torch._dynamo" not in sys.modules and not torch.cuda.is_initialized()
+"""
+
+
+def test_a_build_for_cuda_imports_its_kernels_and_looks_for_no_device():
+    pytest.importorskip("triton", reason="triton has no build for this system")
+    done = subprocess.run([sys.executable, "-c", ON_A_CUDA_BUILD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 BEFORE_DYNAMO = """
 import sys, torch
 from fla_compile import ops
