@@ -43,9 +43,14 @@ from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
 
-# A step that grows by 2^x takes 2 x GROWTH of the range: of the largest, 200, so that 64 steps below it grow by less
-# than 2^10, which leaves seven bits of the factors' two parts in bfloat16. Float16's own range says less than 2^12.
-GROWTH = tl.constexpr(640.0)
+# What grows by 2^x in a chunk takes x GROWTH of the range: of the largest, 200, so that no more than 2^10 is left to it,
+# and seven bits of the factors' two parts in bfloat16. Float16's own range says less than 2^12.
+GROWTH = tl.constexpr(20.0)
+
+
+@triton.jit
+def add_both(a_x, a_y, b_x, b_y):
+    return a_x + b_x, a_y + b_y
 
 
 @triton.jit
@@ -178,14 +183,16 @@ def chunk_grads_kernel(
                 b_x = tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
         b_q = load_tile(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_k, K)
     b_k = load_tile(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_k, K)
-    b_all = tl.sum(b_g, 0)
     b_c = tl.cumsum(b_g, 0)
-    if not EXACT:
-        b_e = b_c - 0.5 * b_all[None, :]
-        b_range = tl.abs(b_e)
+    if EXACT:
+        b_all = tl.sum(b_g, 0)
+    else:
+        b_all, b_grown = tl.reduce((b_g, tl.maximum(b_g, 0.0)), 0, add_both)
+        b_range = 2.0 * b_grown - b_all
         if p_dg is not None and dtype != tl.float16:
-            b_range = tl.maximum(b_range, b_g * GROWTH)
-        tl.store(p_range + tl.program_id(0), 2.0 * tl.max(b_range))
+            b_range += GROWTH * b_grown
+        tl.store(p_range + tl.program_id(0), tl.max(b_range, 0))
+        b_e = b_c - 0.5 * b_all[None, :]
         b_up, b_down, b_half = tl.exp2(b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
         b_kh, b_kl = halves(b_k * b_down, dtype)
         if p_d is not None:
