@@ -89,6 +89,7 @@ def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
         # pairs of steps that grow by far more than the gradients of other steps are
         "alternating": torch.where(t % 2 == 1, 70.0, -70.0).expand(shape),
         "peak": torch.where(t == 13, 20.0, -2.5).expand(shape),
+        "dip": torch.where(t == 12, -70.0, torch.where(t == 13, 70.0, -0.3)).expand(shape),
     }[kind]
 
 

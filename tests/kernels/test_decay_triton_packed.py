@@ -103,6 +103,7 @@ def interpret() -> None:
     cases += [(f, (3, 32, 97), "weak", half, small, 32, dict(H=1, K=20, V=24)) for f in FAMILIES[:3]]
     cases += [(f, (3, 32, 49), "weak", single, small, 32, dict(H=2, K=16, V=8)) for f in FAMILIES[1::2]]
     cases += [("gla", (5, 33), "resets", half, small, 32, dict(H=1, K=16, V=8))]
+    cases += [("simple_gla", (3, 32, 49), "alternating", single, small, 32, dict(H=2, K=16, V=8))]
     cases += [("retention", (32, 32, 32), "weak", half, small, None, dict(H=1, K=16, V=16))]
     for family, lengths, decay, dtype, config, longest, sizes in cases:
         case, x, cu_seqlens = make_packed(family, lengths, dtype, decay, **sizes)
@@ -195,7 +196,7 @@ def operator_results(family, x, cu_seqlens, need_dg):
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 2 + 3 + 2
+    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 1 + 2 + 3 + 2
 
 
 @pytest.mark.parametrize(
