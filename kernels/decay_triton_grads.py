@@ -12,11 +12,11 @@ dq = dq' + dq", dk = dk' + dk" for the two terms above, the second without its d
     dg_t = sum_{i >= t} q_i dq'_i + sum_{j < t} k_j dk'_j + sum_v D exp(c_last) S + sum_{i >= t} (q_i dq"_i - k_i dk"_i)
 
 all within the chunk, in float32 before anything is rounded: no sum runs over the sequence, and paths that a strong
-decay has cut contribute nothing. For one decay per row the terms are summed over keys.
+decay has cut contribute nothing. For one decay per row the terms are summed over keys. The last term of dg is a
+difference, which is right while no decay is above one; `decay_triton_grown` makes dg again elsewhere.
 
 Under a decay over keys P is computed first, and the terms inside a chunk in 16-row blocks: against the columns before
-them relative to the first of these rows, against the rows after them relative to the last of these columns. The last
-term of dg is a difference, which is right while no decay is above one; `decay_triton_grown` makes dg again elsewhere.
+them relative to the first of these rows, against the rows after them relative to the last of these columns.
 """
 
 import torch

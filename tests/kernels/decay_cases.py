@@ -80,6 +80,7 @@ def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
         "weak": weak,
         "strong": g,
         "steep": torch.full(shape, -20.0),
+        "rising": torch.full(shape, 20.0),
         "very_strong": torch.full(shape, -100.0),
         "resets": torch.where(some < 0.05, -100.0, weak),
         "hard_resets": torch.where(some < 0.05, -1e4, weak),
