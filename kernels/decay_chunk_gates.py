@@ -43,14 +43,27 @@ from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
 
-# What grows by 2^x in a chunk takes x GROWTH of the range: of the largest, 200, so that no more than 2^10 is left to it,
-# and seven bits of the factors' two parts in bfloat16. Float16's own range says less than 2^12.
+# What grows by 2^x in a chunk takes x GROWTH of the range: of the largest, 200, so that no more than 2^10 is left to
+# it, and seven bits of the factors' two parts in bfloat16. Float16's own range says less than 2^12.
 GROWTH = tl.constexpr(20.0)
+# What <S, R> may be, which has to come before e^L; above it, or no number, it is the exact launch's.
+LARGEST = tl.constexpr(2.0**126)
 
 
 @triton.jit
 def add_both(a_x, a_y, b_x, b_y):
     return a_x + b_x, a_y + b_y
+
+
+@triton.jit
+def state_products(b_h, b_d, b_all):
+    """<S, R> over the values, with b_all e^L <S, R>, half of it with each: beyond float32 only if the result is."""
+    b_h, b_d = b_h.to(tl.float32), b_d.to(tl.float32)
+    if b_all is None:
+        return tl.sum(b_h * b_d, 1)
+    else:
+        b_half = tl.exp2(0.5 * b_all)[:, None]
+        return tl.sum((b_h * b_half) * (b_d * b_half), 1)
 
 
 @triton.jit
@@ -173,6 +186,8 @@ def chunk_grads_kernel(
             b_p = tl.dot(b_do, tl.trans(b_v), b_p, input_precision=PRECISION)
             b_dq = tl.dot(b_do, tl.trans(b_h), b_dq, input_precision=PRECISION)
     b_g = load_gates(p_g + i_row // RG * K, o_c * (H // RG), o_k, m_k, K)
+    if EXACT:
+        b_all = tl.sum(b_g, 0)
     if V <= BV:
         b_do, b_v = load_values(p_do, p_v, 0, o_c, m_c, H, V, BV, RV, EVEN)
         b_h = load_block(p_h, 0, o_k, K, V, BK, BV)
@@ -180,18 +195,16 @@ def chunk_grads_kernel(
         if V <= BV:
             b_d = load_block(p_d, 0, o_k, K, V, BK, BV)
             if p_dg is not None:
-                b_x = tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
+                b_x = state_products(b_h, b_d, b_all if EXACT else None)
         b_q = load_tile(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_k, K)
     b_k = load_tile(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_k, K)
     b_c = tl.cumsum(b_g, 0)
-    if EXACT:
-        b_all = tl.sum(b_g, 0)
-    else:
+    if not EXACT:
         b_all, b_grown = tl.reduce((b_g, tl.maximum(b_g, 0.0)), 0, add_both)
         b_range = 2.0 * b_grown - b_all
         if p_dg is not None and dtype != tl.float16:
             b_range += GROWTH * b_grown
-        tl.store(p_range + tl.program_id(0), tl.max(b_range, 0))
+        s_range = tl.max(b_range, 0)
         b_e = b_c - 0.5 * b_all[None, :]
         b_up, b_down, b_half = tl.exp2(b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
         b_kh, b_kl = halves(b_k * b_down, dtype)
@@ -243,7 +256,7 @@ def chunk_grads_kernel(
                 b_dx = tl.dot(b_v, tl.trans(b_d), b_dx, input_precision=PRECISION)
                 if p_dg is not None:
                     b_h = load_block(p_h, i_v, o_k, K, V, BK, BV)
-                    b_x += tl.sum(b_h.to(tl.float32) * b_d.to(tl.float32), 1)
+                    b_x += state_products(b_h, b_d, b_all if EXACT else None)
         if not EXACT:
             b_u = b_q * b_dq
             if V <= BV:  # computed again: transposed, it would go through shared memory
@@ -267,5 +280,8 @@ def chunk_grads_kernel(
                 b_dg += sums_before(b_k * b_dx, 0)
             else:
                 b_dg = path_sums(b_u, b_k * b_dx, o_c, dtype)
-            b_dg += (b_x * tl.exp2(b_all))[None, :]
-            store_tile(p_dg + i_row * K, b_dg * scale, o_c * H, o_k, m_k, K)
+                s_range = tl.maximum(s_range, tl.max(tl.where(tl.abs(b_x) <= LARGEST, 0.0, float("inf")), 0))
+                b_x *= tl.exp2(b_all)
+            store_tile(p_dg + i_row * K, (b_dg + b_x[None, :]) * scale, o_c * H, o_k, m_k, K)
+    if not EXACT:
+        tl.store(p_range + tl.program_id(0), s_range)

@@ -22,6 +22,7 @@ from fla_compile.kernels.decay_fused_gates import launch_grads, launch_outputs, 
 from fla_compile.kernels.decay_heads import shares, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
+from fla_compile.kernels.decay_scan_grown import grown_row_decay_grad_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, chain_joints_kernel, chain_segments
 from fla_compile.kernels.decay_triton_common import KINDS
@@ -30,6 +31,10 @@ from fla_compile.kernels.launch import Launch, compiled_together, layout, rememb
 __all__ = ["Scans", "pack_scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
 
 ROW_GRAD_OPTIONS = {"num_warps": 4}
+# Of `grown_row_decay_grad_kernel`, which seldom has work: what counts is that it is right.
+GROWN_OPTIONS = {"num_warps": 4, "num_stages": 1}
+# Columns of q and k, and of v, that it takes at a time.
+GROWN_BLOCKS = 64, 64
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}
@@ -125,20 +130,39 @@ def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     return Sums(states, rows, torch.empty(states.shape[0], columns, side, **wide))
 
 
-def _launch_row_grads(plan: Scans, sums: Sums, dg: Tensor, packing: Packing | None, packed: Part | None) -> None:
-    B, T, H = plan.B, plan.T, plan.H
+def _launch_row_grads(
+    plan: Scans, q: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor | None, sums: Sums, dg: Tensor, scale: float,
+    packing: Packing | None, packed: Part | None,
+) -> None:  # fmt: skip
+    """dg of one decay a head and step, from what the passes left, and again where a step grows."""
+    B, T, H, tile = plan.B, plan.T, plan.H, plan.tall
     segments = plan.segments if packing is None else packing.segments
-    chunks = triton.cdiv(plan.length, plan.tall.chunk) if packing is None else triton.cdiv(packing.chunks, segments)
+    chunks = triton.cdiv(plan.length, tile.chunk) if packing is None else triton.cdiv(packing.chunks, segments)
     table = None if packed is None else packed.table
+    heads = min(16, triton.next_power_of_2(H))
+    grid = (B * segments * chunks * triton.cdiv(H, heads),)
+    times, sides = (T, plan.length, segments, chunks), sums.carry.shape[1:]
     key = ("rows", plan, segments, chunks, layout(table), dg.device)
     launch = _launches.get(key)
     if launch is None:
-        heads = min(16, triton.next_power_of_2(H))
-        numbers = T, plan.length, segments, chunks, H, plan.tall.chunk, *sums.carry.shape[1:], heads
-        grid = (B * segments * chunks * triton.cdiv(H, heads),)
+        numbers = *times, H, tile.chunk, *sides, heads
         launch = Launch(row_decay_grad_kernel, dg.device, grid, numbers, **ROW_GRAD_OPTIONS)
         remember(_launches, key, launch)
     launch(sums.rows, sums.carry, dg, table)
+    if plan.kind != "scalar":
+        return
+    operands = q, k, v, do, g
+    key = ("grown", plan, segments, chunks, layout(table), *map(layout, operands))
+    launch = _launches.get(key)
+    if launch is None:
+        turned = tile.chunk < LONG.value
+        numbers = (
+            *times, H, plan.K, plan.V, tile.chunk, *GROWN_BLOCKS, *sides, heads, turned, plan.precision,
+            *shares(H, q, k, v, g),
+        )  # fmt: skip
+        launch = Launch(grown_row_decay_grad_kernel, dg.device, grid, numbers, **GROWN_OPTIONS)
+        remember(_launches, key, launch)
+    launch(*operands, sums.states, sums.rows, sums.carry, dg, table, float(scale))
 
 
 @compiled_together
@@ -247,6 +271,6 @@ def _launch_backward(
         sums=sums, packed=back,
     )  # fmt: skip
     if sums is not None and dg is not None:
-        _launch_row_grads(plan, sums, dg, packing, ahead)
+        _launch_row_grads(plan, q, k, v, do, g, sums, dg, scale, packing, ahead)
     _launch(plan, k, q, do, g, dv, tall=False, reverse=True, s0=dht, scales=(down, scale, scale), st=final, packed=back)
     return dq, dk, dv, dg, dh0

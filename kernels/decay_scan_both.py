@@ -27,10 +27,11 @@ diagonal, dk' the part of dk that goes through D, for each channel
 
     dg_t = sum over the other axis of e^L S D + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
 
-in which pairs of rows before t are not met and those after it cancel; what is left of a pair that grew by e^x (g > 0)
-is 2^-24 e^x, in the gates' gradients alone. k_t dk'_t, which no decay before t cuts, is not added to be taken away
-again. Of the gate over values it is the same with do, o, v and dv in the places of q, dq, k and dk. The pass for dq (or
-o) writes q dq and S, the pass for dk (or dv) adds the others.
+in which pairs of rows before t are not met and those after it cancel; k_t dk'_t, which no decay before t cuts, is not
+added to be taken away again. Of a pair that grew by e^x (g > 0) its rounding would be left, 2^-24 e^x: programs that
+meet growth are done step by step too, and for chunks that grow the pass for dq adds up the pairs of j < t <= i alone
+(`decay_scan_both_grown`). Of the gate over values it is the same with do, o, v and dv in the places of q, dq, k and dk.
+The pass for dq (or o) writes q dq and S, the pass for dk (or dv) adds the others.
 """
 
 import triton
@@ -48,11 +49,15 @@ from fla_compile.kernels.decay_scan import (
     store_tile,
     tile_mask,
 )
+from fla_compile.kernels.decay_scan_both_grown import chunk_grows, load_row_gates, paths_of_queries
 from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import sums_before
-from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_scan_both_kernel", "step_scan_both_kernel"]
+
+# In a gradient's range growth by 2^4 is the limit: on both axes it leaves eight of the 16 bits that factors have in two
+# parts of bfloat16.
+GROWN = tl.constexpr(4.0)
 
 
 @triton.jit
@@ -61,9 +66,12 @@ def add_both(a_0, a_1, b_0, b_1):
 
 
 @triton.jit
-def chunk_range(b_g):
-    """Sums over the chunk of g and of |g|, in one reduction."""
-    return tl.reduce((b_g, tl.abs(b_g)), 0, add_both)
+def chunk_range(b_g, limit, PART: tl.constexpr):
+    """Sums over the chunk of g and of |g|, in one reduction; as QUERIES what grows counts more."""
+    b_n = tl.abs(b_g)
+    if PART == QUERIES:
+        b_n = tl.maximum(b_n, b_g * (limit / GROWN))
+    return tl.reduce((b_g, b_n), 0, add_both)
 
 
 @triton.jit
@@ -81,12 +89,6 @@ def product_of_halves(b_x, b_xl, b_y, b_yl, b_sum):
     b_sum = tl.dot(b_xl, b_y, b_sum, input_precision="ieee")
     b_sum = tl.dot(b_x, b_yl, b_sum, input_precision="ieee")
     return tl.dot(b_x, b_y, b_sum, input_precision="ieee")
-
-
-@triton.jit
-def load_row_gates(p_g, o_col, WIDTH: tl.constexpr):
-    """Log decays of one row in base 2."""
-    return as_decay(load_row(p_g, o_col, WIDTH)) * LOG2_E
 
 
 @triton.jit
@@ -149,8 +151,8 @@ def chunk_scan_both_kernel(
             b_d = tl.sum(b_x.to(tl.float32) * b_z.to(tl.float32), 1)[:, None] * b_w.to(tl.float32)
         b_e = load_gates(p_a + i_row * X, o_c * H, o_x, m_x, X)
         b_f = load_gates(p_b + i_row * W, o_c * H, o_w, m_w, W)
-        b_all, b_abs = chunk_range(b_e)
-        b_sum, b_size = chunk_range(b_f)
+        b_all, b_abs = chunk_range(b_e, limit, PART)
+        b_sum, b_size = chunk_range(b_f, limit, PART)
         if PART != KEYS:
             b_range = tl.maximum(b_range, b_abs)
             b_wide = tl.maximum(b_wide, b_size)
@@ -232,6 +234,13 @@ def step_scan_both_kernel(
         m_w = tile_mask(o_c < n_j, o_w, W, BW, EVEN)
         if PART == QUERIES:
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
+            grown = chunk_grows(p_a + i_row * X, p_b + i_row * W, n_j, o_x, o_w, H, X, W, BX, BW)
+            if grown:
+                b_dg = paths_of_queries(
+                    p_x + i_row * X, p_z + i_row * X, p_w + i_row * W, p_a + i_row * X, p_b + i_row * W,
+                    p_e + i_row * W, b_s, o_c, n_j, o_x, o_w, H, X, W, C, BX, BW, EVEN,
+                )  # fmt: skip
+                store_tile(p_dg + i_row * W, b_dg * s_y, o_c * H, o_w, m_w, W)
         if PART != 0:
             b_y = tl.zeros((C, BW), tl.float32)
         if PART == KEYS:
@@ -271,11 +280,14 @@ def step_scan_both_kernel(
             if REVERSE:
                 b_s = b_s * b_a[:, None] * b_b[None, :]
         if PART == QUERIES:
-            b_q = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W).to(tl.float32)
-            store_tile(p_dg + i_row * W, tl.cumsum(b_q * b_y, 0, reverse=True) * s_y, o_c * H, o_w, m_w, W)
+            if not grown:
+                b_q = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W).to(tl.float32)
+                store_tile(p_dg + i_row * W, tl.cumsum(b_q * b_y, 0, reverse=True) * s_y, o_c * H, o_w, m_w, W)
         if PART == KEYS:
             b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)
             b_k = load_tile(p_e + i_row * W, o_c * H, o_w, m_w, W).to(tl.float32)
+            grown = chunk_grows(p_a + i_row * X, p_b + i_row * W, n_j, o_x, o_w, H, X, W, BX, BW)
+            b_i = tl.where(grown, 0.0, b_i)
             add_key_share(p_dg + i_row * W, b_k, b_y, b_i, tl.sum(b_h * b_s, 0), s_y, o_c * H, o_w, m_w, W)
             b_s += b_r
     if p_st is not None:

@@ -11,7 +11,8 @@ inside the chunk,
     dg_t = X + sum_{i >= t} (q_i . dq_i - k_i . dk"_i) + sum_{j < t} k_j . dk'_j
 
 in which nothing is taken away that a decay has cut: dq and dk" have the same scores, so that their diagonals cancel to
-the last digit. With S the state before the chunk and L its decay, X = e^L <S, R>.
+the last digit. With S the state before the chunk and L its decay, X = e^L <S, R>. Where a decay is above one the
+other pairs cancel less well, and `decay_scan_grown` makes dg again.
 
 The pass for dq writes q . dq and S, the pass for dk writes k . dk", k . dk' and, from S, e^L S R; all are sums over the
 program's own columns.

@@ -12,11 +12,11 @@ dq = dq' + dq", dk = dk' + dk" for the two terms above, the second without its d
     dg_t = sum_{i >= t} q_i dq'_i + sum_{j < t} k_j dk'_j + sum_v D exp(c_last) S + sum_{i >= t} (q_i dq"_i - k_i dk"_i)
 
 all within the chunk, in float32 before anything is rounded: no sum runs over the sequence, and paths that a strong
-decay has cut contribute nothing. For one decay per row the terms are summed over keys.
+decay has cut contribute nothing. For one decay per row the terms are summed over keys. The last term of dg is a
+difference, which is right while no decay is above one; `decay_triton_grown` makes dg again elsewhere.
 
 Under a decay over keys P is computed first, and the terms inside a chunk in 16-row blocks: against the columns before
-them relative to the first of these rows, against the rows after them relative to the last of these columns. The last
-term of dg is a difference, which is right while no decay is above one; `decay_triton_grown` makes it again elsewhere.
+them relative to the first of these rows, against the rows after them relative to the last of these columns.
 """
 
 import torch
@@ -36,7 +36,7 @@ from fla_compile.kernels.decay_triton_common import (
     row_decay,
     store_rows,
 )
-from fla_compile.kernels.decay_triton_grown import launch_grown_decay_grads
+from fla_compile.kernels.decay_triton_grown import launch_grown_decay_grads, launch_grown_row_grads
 
 
 @triton.jit(do_not_specialize=["T", "H", "s_dg"])
@@ -259,6 +259,8 @@ def launch_query_key_grads(
     programs = B * H * plan.chunks * plan.key_blocks
     operands = q, k, v, g, do, h, dh, dq, dk, shares, float(scale)
     launch_split(plan, chunk_query_key_grad_kernel, programs, *operands, s_dg=B * T * H, DQ_ONLY=False)
+    if g is not None and shares is not None and plan.kind == "scalar":
+        launch_grown_row_grads(plan, q, k, v, g, do, h, dh, shares, scale)
     return shares
 
 
@@ -308,6 +310,6 @@ def _launch_vector(
     launch_split(plan, chunk_query_key_grad_kernel, per_chunk * plan.key_blocks, *operands, s_dg=0, DQ_ONLY=only)
     operands = q, k, g, p, *through, *results, float(scale)
     launch_split(plan, chunk_key_grad_kernel, per_chunk * plan.key_blocks, *operands, DQ_ONLY=only)
-    dgs, dg = through[2], results[2]
-    if dgs is not None and dg is not None:
-        launch_grown_decay_grads(plan, q, k, g, p, dgs, dg, scale)
+    dqs, dks, dg = *through[:2], results[2]
+    if dqs is not None and dks is not None and dg is not None:
+        launch_grown_decay_grads(plan, q, k, g, p, h, dh, dqs, dks, dg, scale)

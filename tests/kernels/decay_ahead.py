@@ -9,6 +9,7 @@ from fla_compile.kernels import (
     decay_fused_gates,
     decay_scan,
     decay_scan_gates,
+    decay_scan_grown,
     decay_scan_sums,
     decay_triton,
     decay_triton_bwd,
@@ -59,6 +60,8 @@ def kernels_of(row, kind, values=None):
         (backward.chunk_value_grad_kernel, tile),
         (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=False)),
     ]
+    if kind == "scalar":
+        found.append((decay_triton_grown.chunk_grown_row_grad_kernel, tile))
     if kind == "vector":
         inside = dict(K=row.size, C=config.chunk, BK=config.block_k)
         absent = dict.fromkeys(("p_dk", "p_dg"))
@@ -66,7 +69,7 @@ def kernels_of(row, kind, values=None):
             (common.chunk_key_scores_kernel, dict(K=row.size, C=config.chunk, BK=min(config.block_k, 32))),
             (grads.chunk_value_scores_kernel, dict(V=values, C=config.chunk, BV=config.block_v)),
             (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=False)),
-            (decay_triton_grown.chunk_grown_decay_grad_kernel, inside),
+            (decay_triton_grown.chunk_grown_decay_grad_kernel, dict(inside, V=values, BV=config.block_v)),
             # the output under a decay over values
             (grads.chunk_query_key_grad_kernel, dict(tile, DQ_ONLY=True, **absent)),
             (grads.chunk_key_grad_kernel, dict(inside, DQ_ONLY=True, p_dks=None, p_dgs=None, **absent)),
@@ -81,6 +84,10 @@ def sums_of(row, kind):
         side = config.block_v if config.chunk < decay_scan.LONG.value else config.block_k
         meta = dict(H=32, C=config.chunk, NW=row.size // config.block_v, N=side, BH=16, p_table=None)
         yield decay_scan_sums.row_decay_grad_kernel, meta
+        if kind == "scalar":
+            block_k, block_v = decay_fused.GROWN_BLOCKS
+            meta |= dict(K=row.size, V=row.size, BK=block_k, BV=block_v, TURNED=config.chunk < decay_scan.LONG.value)
+            yield decay_scan_grown.grown_row_decay_grad_kernel, meta
 
 
 def gates_of(row, values=None, packed=False):
@@ -156,6 +163,8 @@ def compile_kernel(kernel, constants, row, kind, precision):
         options = decay_fused_gates.EXACT_OPTIONS
     elif kernel is decay_scan_sums.row_decay_grad_kernel:
         options = decay_fused.ROW_GRAD_OPTIONS
+    elif kernel is decay_scan_grown.grown_row_decay_grad_kernel:
+        options = decay_fused.GROWN_OPTIONS
     return triton.compile(source, target=GPUTarget("cuda", row.arch, 32), options=options)
 
 

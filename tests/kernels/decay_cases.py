@@ -80,6 +80,7 @@ def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
         "weak": weak,
         "strong": g,
         "steep": torch.full(shape, -20.0),
+        "rising": torch.full(shape, 20.0),
         "very_strong": torch.full(shape, -100.0),
         "resets": torch.where(some < 0.05, -100.0, weak),
         "hard_resets": torch.where(some < 0.05, -1e4, weak),
@@ -89,6 +90,9 @@ def log_decay(kind: str, shape: tuple[int, ...]) -> Tensor:
         # pairs of steps that grow by far more than the gradients of other steps are
         "alternating": torch.where(t % 2 == 1, 70.0, -70.0).expand(shape),
         "peak": torch.where(t == 13, 20.0, -2.5).expand(shape),
+        # the state before the steps from 32 to 63 and its gradient after them are both near e^60
+        "valley": torch.where(t % 65 == 5, 60.0, torch.where((t > 31) & (t < 64), -100 / 32, -0.01)).expand(shape),
+        "dip": torch.where(t == 12, -70.0, torch.where(t == 13, 70.0, -0.3)).expand(shape),
     }[kind]
 
 

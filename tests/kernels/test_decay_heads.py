@@ -173,6 +173,14 @@ def fused(family, heads, limit):
     print("ok fused", case)
 
 
+def grown(heads):
+    """Steps that grow, whose decay's gradient is of a launch of its own."""
+    case, x = shared_inputs("simple_gla", heads, torch.float32, T=18, decay="alternating", **FEW)
+    scans = decay_fused.plan_scans(x.q, x.v, "scalar", heads=case.H, segments=2, wide=CONFIG, tall=CONFIG)
+    check_results(case, x, run_kernels(x, scans=scans), torch.float32)
+    print("ok grown", case)
+
+
 def packed(family, heads):
     case, x = shared_inputs(family, heads, torch.float16, T=19, **FEW)
     cu_seqlens = torch.tensor([0, 16, 19])
@@ -202,6 +210,7 @@ def interpret(thorough: bool) -> None:
                 split(family, heads)
     else:
         fused("gla", (1, 1, 1, 1, 2), -1.0)
+        grown((4, 2, 1, 2, 4))
         packed("gla", (2, 1, 4, 2, None))
         packed("simple_gla", (2, 1, 4, 2, None))
         packed("retention", (1, 1, 2, 1, None))
@@ -209,7 +218,7 @@ def interpret(thorough: bool) -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 1 + 3 + 1
+    assert interpreted(__file__) == 1 + 1 + 3 + 1
 
 
 @pytest.mark.slow

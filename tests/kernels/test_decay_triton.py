@@ -29,7 +29,7 @@ KIND = dict(zip(FAMILIES, ("none", "constant", "scalar", "vector"), strict=True)
 # dg, a difference of such sums, sixteen.
 CAP = {torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-12}
 # A row of a gradient between steps that grow is a sum of both signs, of few terms.
-GROWING, GROWN = ("alternating", "peak"), 1e-4
+GROWING, GROWN = ("alternating", "peak", "dip"), 1e-4
 # Below this a narrow product underflows (float16 keeps 2^-24), and an error relative to it says nothing.
 SMALLEST = {torch.bfloat16: 1e-30, torch.float16: 1e-5}
 
@@ -77,8 +77,8 @@ def check_results(case, x, got, dtype, truth=None, eager=None):
     errors = {}
     for name, y in got.items():
         kind = "forward" if name in ("o", "final_state") else "backward"
-        if case.decay in ("hills", *GROWING):  # sums of g reach 70: they keep less than the budget's floor
-            each = case.decay in GROWING
+        each = not {case.decay, case.value_decay}.isdisjoint({*GROWING, "valley"})
+        if each or case.decay == "hills":  # sums of g reach 70: they keep less than the budget's floor
             check_where_finite(
                 f"{case} {name}", y, truth[name], eager[name], floor=GROWN if each else FLOOR, every_row=each
             )
@@ -124,14 +124,15 @@ def interpret() -> None:
         for choices in ways[: 2 if case.T == 96 else 1]:
             check_results(case, x, run_kernels(x, scans=scans_of(case, x, scan, **choices)), dtype, truth)
         print("ok fused", case)
-    for decay in GROWING:
-        case = Case("gla", 33, decay, B=1, H=1, K=8, V=8)
-        x = make_inputs(case, torch.float32)
-        check_results(case, x, run_kernels(x, larger), torch.float32)
-        print("ok", case)
+    for family, config in zip(FAMILIES[2:], (small, larger), strict=True):
+        for decay in GROWING:
+            case = Case(family, 17, decay, B=1, H=1, K=8 if family == "gla" else 20, V=8)
+            x = make_inputs(case, torch.float32)
+            check_results(case, x, run_kernels(x, config), torch.float32)
+            print("ok", case)
     # float32 stands in for bfloat16, whose limit it has
-    for limit, decay in ((None, "peak"), (-1.0, "peak"), (None, "alternating")):
-        case = Case("gla", 40, decay, B=1, H=1, K=8, V=8)
+    for limit, decay, T in ((None, "peak", 40), (-1.0, "peak", 40), (None, "alternating", 40), (None, "valley", 96)):
+        case = Case("gla", T, decay, B=1, H=1, K=8, V=8)
         x = make_inputs(case, torch.float32)
         scans = scans_of(case, x, scan, segments=1, limit=limit)
         check_results(case, x, run_kernels(x, scans=scans), torch.float32)
@@ -141,6 +142,12 @@ def interpret() -> None:
         x = make_inputs(case, torch.float16)
         scans = scans_of(case, x, Config(32, 16, 16, 4, 1, 0), **choices)
         check_results(case, x, run_kernels(x, scans=scans), torch.float16)
+        print("ok fused", case)
+    for chunk, decay in ((32, "alternating"), (64, "peak")):
+        case = Case("simple_gla", 40, decay, B=1, H=1, K=20, V=72)
+        x = make_inputs(case, torch.float32)
+        scans = scans_of(case, x, Config(chunk, 128, 16, 4, 1, 0), segments=2)
+        check_results(case, x, run_kernels(x, scans=scans), torch.float32)
         print("ok fused", case)
     for family in FAMILIES[1:3]:  # a decay's gradient from block to block, and where nothing of the states is left
         for decay in ("zero", "very_strong", "resets"):
@@ -157,7 +164,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 34
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 43
 
 
 def test_every_size_has_a_split_row():

@@ -65,6 +65,9 @@ def interpret() -> None:
         (both_case(24, "growing", "resets", K=20), torch.float32, 2),
         (both_case(17, "very_strong", "very_strong"), torch.float32, 1),
         (both_case(19, "steep", "steep"), torch.float32, 1),
+        (both_case(19, "rising", "steep", K=9, V=7), torch.float32, 1),
+        (both_case(17, "alternating", K=9, V=20), torch.float32, 1),
+        (both_case(19, "weak", "peak"), torch.float32, 1),
         (both_case(24, "weak", V=20), torch.float16, 1),
         (both_case(17, "hard_resets", "mixed"), torch.float16, 1),
     ):
@@ -132,7 +135,7 @@ def operator() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 11
+    assert interpreted(__file__) == 14
 
 
 @pytest.mark.parametrize(
