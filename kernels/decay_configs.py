@@ -5,9 +5,9 @@ decay, or one a head or row) and `key` (one a key). Launches: `split`, in its pl
 forward alone, which has registers for longer chunks and so fewer states, and the two shapes of pass of the fused one,
 whose programs hold a state of all rows of the class and block_v columns: `wide` with K rows (the output and dv) and
 `tall` with V rows (dq and dk), which are `grads` where they leave a decay's gradient too. In family `key` backward has
-no passes: `states` leaves the states at the ends of chunks, in blocks of keys and values, from which `chunks` makes dv
-and the output of heads that no pass holds, and `tall` dq, dk and the decay's gradient of block_v keys, block_k values
-at a time. Head size classes bound the larger of K and V, or the rows of the state.
+no passes but dv's where its chunks are as long: `states` leaves the states at the ends of chunks, in blocks of keys and
+values, from which `chunks` makes dv and the output of heads that no pass holds, and `tall` dq, dk and the decay's
+gradient of block_v keys, block_k values at a time. Head size classes bound the larger of K and V, or the rows of the state.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.
@@ -104,7 +104,7 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_gate(80, 64, "states", 32, 64, 64, 4, 2, 24576),
     **_gate(80, 64, "chunks", 32, 64, 64, 4, 2, 24576),
     **_gate(80, 64, "tall", 32, 64, 64, 4, 1, 24704),
-    **_gate(80, 128, "wide", 32, 128, 64, 8, 2, 53248, 128),
+    **_gate(80, 128, "wide", 32, 128, 64, 8, 2, 53248, 144),
     **_gate(80, 128, "states", 32, 128, 64, 8, 2, 45056, 200),
     **_gate(80, 128, "chunks", 32, 64, 64, 4, 2, 32768),
     **_gate(80, 128, "tall", 32, 128, 64, 4, 1, 32768),

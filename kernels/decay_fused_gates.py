@@ -37,8 +37,9 @@ def launch_outputs(
     scales: tuple[float, float, float], st: Tensor | None = None, h: Tensor | None = None, packed: Part | None = None,
     packing: Packing | None = None,
 ) -> None:  # fmt: skip
-    """o, or in reverse dv; to h, if given, the states at the ends of chunks, from which it is made then."""
-    if h is not None or not plan.held:
+    """o, or in reverse dv; to h, if given, the states at the ends of chunks, from which it is made where a pass has not
+    the same chunks."""
+    if not plan.held or (h is not None and plan.wide.chunk != plan.tall.chunk):
         h = new_states(plan, z, packing) if h is None else h
         s_in, s_y, s_st = scales
         launch_states(plan, z, w, g, reverse=reverse, s0=s0, st=st, h=h, scales=(s_in, s_st), packed=packed)
@@ -46,7 +47,7 @@ def launch_outputs(
         return
     config = plan.wide
     programs = segments_of(plan, packed) * plan.H * triton.cdiv(plan.V, config.block_v)
-    operands = x, z, w, g, s0, y, st, _ranges(plan, programs, z), *_parts(packed)
+    operands = x, z, w, g, s0, y, st, h, _ranges(plan, programs, z), *_parts(packed)
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (*scales, plan.limit)

@@ -32,6 +32,7 @@ from fla_compile.kernels.decay_scan import (
     first_state,
     load_tile,
     store_last,
+    store_state,
     store_tile,
     tile_mask,
     walk_program,
@@ -96,17 +97,17 @@ def channel_sums(b_h, b_l, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_rows_kernel(
-    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_range, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
+    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_h, p_range, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
-    """BX covers X. Arguments as for `chunk_scan_kernel`."""
+    """BX covers X. Arguments as for `chunk_scan_kernel`; p_h, if given, gets the state before every chunk."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    i_w, i_nh, _, i_seq, t_a, t_e, _, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
+    i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
@@ -117,7 +118,7 @@ def chunk_scan_rows_kernel(
     b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
     b_range = tl.zeros((BX,), tl.float32)
     for i_n in range(n_c):
-        _i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
+        i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
         if REVERSE:
@@ -126,6 +127,8 @@ def chunk_scan_rows_kernel(
             m_a = o_t[:, None] >= o_t[None, :]
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
+        if p_h is not None:
+            store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if EXACT:  # first, while there are registers
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             b_a = tl.zeros((C, C), tl.float32)

@@ -1,5 +1,7 @@
 """Every kernel of the decayed outer product that a row of the table launches, compiled ahead of time."""
 
+import dataclasses
+
 import triton
 
 from fla_compile.kernels import (
@@ -115,7 +117,9 @@ def gates_of(row, values=None, packed=False):
             if row.launch == "chunks":
                 yield decay_chunk_outputs.chunk_outputs_kernel, dict(tile, EXACT=exact)
             else:
-                yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact)
+                yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact, p_h=None)
+                if config.chunk == TABLE[dataclasses.replace(row, launch="tall")][0].chunk:
+                    yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact)
 
 
 def passes_of(row, kind, values=None, packed=False):

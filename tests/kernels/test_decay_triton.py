@@ -137,10 +137,13 @@ def interpret() -> None:
         scans = scans_of(case, x, scan, segments=1, limit=limit)
         check_results(case, x, run_kernels(x, scans=scans), torch.float32)
         print("ok fused", case)
-    for choices in dict(segments=2), dict(segments=1, limit=-1.0):  # more keys and values than a program holds
+    blocks = Config(32, 16, 16, 4, 1, 0)  # more keys and values than a program holds; a pass of other chunks
+    ways = dict(segments=2), dict(limit=-1.0), dict(wide=Config(16, 32, 16, 4, 1, 0))
+    for choices in ways:
         case = Case("gla", 70, "strong", B=1, H=1, K=24, V=40)
         x = make_inputs(case, torch.float16)
-        scans = scans_of(case, x, Config(32, 16, 16, 4, 1, 0), **choices)
+        tiles = dict(wide=blocks, tall=blocks) | choices
+        scans = decay_fused.plan_scans(x.q, x.v, KIND[case.family], **tiles)
         check_results(case, x, run_kernels(x, scans=scans), torch.float16)
         print("ok fused", case)
     for chunk, decay in ((32, "alternating"), (64, "peak")):
@@ -164,7 +167,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 43
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 44
 
 
 def test_every_size_has_a_split_row():
@@ -308,6 +311,20 @@ def test_gpu_tf32(family):
         error = ((y - truth[name]).norm() / truth[name].norm()).item()
         print(f"{error:.1e}  {case} {name}")
         assert error < (2e-2 if name == "dg" else 2e-3), f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES[2:])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_gpu_growing(family, size):
+    """Every row of a decay's gradient, however small beside those of steps that grow."""
+    dtype = torch.bfloat16
+    for decay in (*GROWING, "valley"):
+        case = Case(family, 130, decay, B=1, H=2, K=size, V=size)
+        x = on_gpu(make_inputs(case, dtype))
+        truth, eager = naive_results(case, x, torch.float64)["dg"], narrow_results(case, x, dtype)["dg"]
+        got = run_kernels(x)["dg"]
+        check_where_finite(str(case), got, truth, eager.to(got.dtype), floor=4 * CAP[dtype], every_row=True)
 
 
 @pytest.mark.gpu
