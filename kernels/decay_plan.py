@@ -26,8 +26,8 @@ FEW_STEPS = 16
 class Scans:
     """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
 
-    Under a gate a key no pass is `tall`: `states` leaves the states at the ends of chunks, from which `chunks` makes
-    outputs and `tall` gradients, a chunk a program. Where no `wide` pass holds K rows, `chunks` stands in its place.
+    Under a gate a key no pass is `tall`: `states` leaves the states at the ends of chunks, or `wide` does, from which
+    `chunks` makes outputs and `tall` gradients, a chunk a program. Where no pass holds K rows, `wide` is `chunks`.
     Where outputs alone are planned, `tall` is `wide`.
     """
 
