@@ -13,7 +13,7 @@ from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import chunk_scan_rows_kernel
 from fla_compile.kernels.decay_segments import Packing, Part
-from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch import Launch, empty, layout, remember
 
 __all__ = ["launch_grads", "launch_outputs", "launch_states", "new_states", "segments_of"]
 
@@ -29,7 +29,7 @@ def segments_of(plan: Scans, packed: Part | None) -> int:
 
 def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Tensor:
     """A state for every chunk of a tall pass of each segment and head, V x K numbers in some order."""
-    return torch.empty(_chunks(plan, packing)[2] * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+    return empty(_chunks(plan, packing)[2] * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
 
 
 def launch_outputs(
@@ -115,8 +115,7 @@ def _parts(packed: Part | None) -> tuple[Tensor | None, Tensor | None]:
 
 def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
     """Where a launch leaves the largest range each program met; with a limit below zero, all are beyond it."""
-    new = torch.zeros if plan.limit < 0 else torch.empty
-    return new(programs, dtype=torch.float32, device=like.device)
+    return empty(programs, dtype=torch.float32, device=like.device, zeros=plan.limit < 0)
 
 
 def _launch(
