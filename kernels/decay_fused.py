@@ -25,7 +25,8 @@ from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_sca
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, chain_joints_kernel, chain_segments
 from fla_compile.kernels.decay_triton_common import KINDS
-from fla_compile.kernels.launch import Launch, empty, layout, recorded, remember
+from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
+from fla_compile.kernels.launch_record import empty, recorded
 
 __all__ = ["Scans", "pack_scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
 
@@ -142,6 +143,7 @@ def _launch_row_grads(plan: Scans, sums: Sums, dg: Tensor, packing: Packing | No
 
 
 @recorded
+@compiled_together
 def scan_forward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, *,
     packing: Packing | None = None,
@@ -167,6 +169,7 @@ def scan_forward(
 
 
 @recorded
+@compiled_together
 def scan_query_grad(
     plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -192,8 +195,7 @@ def scan_backward(
 
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
-    where = {} if packing is None else {"packing": packing}
-    dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, **where)
+    dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing=packing)
     dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     if g is not None and dg is not None:
         dg = sum_decay_heads(dg.sum((0, 1)) if plan.kind == "constant" else dg, g)
@@ -201,9 +203,10 @@ def scan_backward(
 
 
 @recorded
+@compiled_together
 def _launch_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
-    dht: Tensor | None, need_dg: bool, o: Tensor | None, packing: Packing | None = None,
+    dht: Tensor | None, need_dg: bool, o: Tensor | None, *, packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """As `scan_backward`, but all have H heads, and dg of one decay a head has its steps still, [B, T, H]."""
     B, T, H, K = plan.B, plan.T, plan.H, plan.K

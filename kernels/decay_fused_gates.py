@@ -13,7 +13,8 @@ from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import chunk_scan_rows_kernel
 from fla_compile.kernels.decay_segments import Packing, Part
-from fla_compile.kernels.launch import Launch, empty, layout, remember
+from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch_record import empty
 
 __all__ = ["launch_grads", "launch_outputs", "launch_states", "new_states", "segments_of"]
 
