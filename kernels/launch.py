@@ -51,7 +51,7 @@ class Launch:
     """A kernel on its device and grid: called with its first arguments, tensors, None and numbers of type float.
 
     `numbers` are all its other arguments in order, constants of the compilation too; options are num_warps and the
-    like. The first call is Triton's; later ones go straight to what it compiled, if it did not interpret.
+    like. The first call is Triton's; if it compiled, not interpreted, later ones go straight to what it compiled.
     """
 
     __slots__ = ("device", "grid", "kernel", "numbers", "options", "run")
@@ -77,10 +77,8 @@ class Launch:
                 self.run(*first, *self.numbers)
                 return
             compiled = self.kernel[self.grid](*first, *self.numbers, **self.options)
-            self.run = self._interpret if compiled is None else _direct(compiled, self.grid, self.device)
-
-    def _interpret(self, *args: Any) -> None:
-        self.kernel[self.grid](*args, **self.options)
+            if compiled is not None:
+                self.run = _direct(compiled, self.grid, self.device)
 
     def compile(self, *first: Tensor | float | None) -> None:
         with torch.cuda.device(self.device):
@@ -109,7 +107,7 @@ def _direct(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., 
 Launches = list[tuple[Launch, tuple[Tensor | float | None, ...]]]
 
 
-Made = list[tuple[Tensor, Callable[[], Tensor]]]
+Made = list[tuple[Tensor, Callable[[], Tensor], bool]]
 
 
 class _Thread(threading.local):

@@ -2,11 +2,14 @@
 
 A launcher that is `recorded` has a key of its own: the `layout` of each operand and whatever else it was called with.
 For the same key it allocates the same and launches the same, in which its arguments and what it allocated stand in the
-same places. No record holds a tensor.
+same places. Kernels are given addresses, for which Triton's launcher need not ask, and all that is small and not handed
+on is allocated at once. No record holds a tensor.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,6 +20,9 @@ from fla_compile.kernels.launch import Launches, Made, layout, remember, this_th
 
 __all__ = ["empty", "recorded"]
 
+# Bytes of what is allocated together, which torch would take from one block too, and where each begins
+SMALL, ALIGNED = 1 << 20, 512
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result", bound=tuple[Tensor | None, ...])
 
@@ -26,51 +32,55 @@ def empty(*sizes: int, dtype: torch.dtype, device: torch.device, zeros: bool = F
     make = functools.partial(torch.zeros if zeros else torch.empty, *sizes, dtype=dtype, device=device)
     x = make()
     if this_thread.made is not None:
-        this_thread.made.append((x, make))
+        this_thread.made.append((x, make, zeros))
     return x
 
 
 class _Record:
     """What one call allocated and launched, to be done again with other arguments.
 
-    Raises KeyError for a tensor that is neither an argument nor from `empty`.
+    Raises KeyError for a tensor that is launched with but is neither an argument nor from `empty`, and for one that is
+    returned but is not from `empty`.
     """
 
     def __init__(self, args: tuple[Any, ...], made: Made, launches: Launches, results: tuple[Any, ...]) -> None:
-        tensors = [*args, *(x for x, _ in made)]
-        places = {id(x): i for i, x in enumerate(tensors) if isinstance(x, Tensor)}
-        # All that kernels are told, after the arguments: tensors that are allocated in their turn, numbers and None
-        self.rest: list[Any] = [None] * len(made)
+        returned = [*map(id, results)]
+        alone = [(x, make) for x, make, zeros in made if zeros or x.nbytes > SMALL or id(x) in returned]
+        together = [x for x, _, zeros in made if not (zeros or x.nbytes > SMALL or id(x) in returned)]
+        self.operands = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
+        self.makers = [make for _, make in alone]
+        *self.offsets, size = accumulate((-(-x.nbytes // ALIGNED) * ALIGNED for x in together), initial=0)
+        self.scratch = functools.partial(torch.empty, size, dtype=torch.uint8, device=args[self.operands[0]].device)
+        tensors = [*(args[i] for i in self.operands), *(x for x, _ in alone), *together]
+        places = {id(x): i for i, x in enumerate(tensors)}
+        # All that kernels are told after the addresses of these
+        self.rest: list[Any] = []
 
         def place(x: Any) -> int:
             if isinstance(x, Tensor):
                 return places[id(x)]
             self.rest.append(x)
-            return len(args) + len(self.rest) - 1
+            return len(tensors) + len(self.rest) - 1
 
-        told = [[*map(place, (*first, *launch.numbers))] for launch, first in launches]
-        self.results = [*map(place, results)]
-        makers = {i: make for i, (_, make) in enumerate(made, len(args))}
-        last = {i: n for n, read in enumerate(told) for i in read if i in makers and i not in self.results}
-        self.steps = []
-        for n, ((launch, _), read) in enumerate(zip(launches, told, strict=True)):
-            new = [(i, makers.pop(i)) for i in read if i in makers]
-            self.steps.append((new, launch.run, itemgetter(*read), [i for i in last if last[i] == n]))
-        self.unread = [(i, makers[i]) for i in self.results if i in makers]
+        told = [itemgetter(*map(place, (*first, *launch.numbers))) for launch, first in launches]
+        self.steps = [*zip((launch.run for launch, _ in launches), told, strict=True)]
+        kept: dict[int, int] = {id(x): i for i, (x, _) in enumerate(alone)} | {id(None): len(alone)}
+        self.results = [kept[i] for i in returned]
         self.device = launches[0][0].device
 
     def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        at = [*args, *self.rest]
+        new: list[Tensor | None] = [make() for make in self.makers]
+        scratch = self.scratch()
+        start = scratch.data_ptr()
+        at = [args[i].data_ptr() for i in self.operands]
+        at += [x.data_ptr() for x in new]
+        at += [start + offset for offset in self.offsets]
+        at += self.rest
         with torch.cuda.device(self.device):
-            for new, run, read, over in self.steps:
-                for i, make in new:
-                    at[i] = make()
-                run(*read(at))
-                for i in over:
-                    at[i] = None
-            for i, make in self.unread:
-                at[i] = make()
-        return tuple([at[i] for i in self.results])
+            for run, told in self.steps:
+                run(*told(at))
+        new.append(None)
+        return tuple([new[i] for i in self.results])
 
 
 def recorded(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -102,10 +112,10 @@ def recorded(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Resul
             result = launcher(*alone, **kwargs)
         finally:
             this_thread.noted = this_thread.made = None
-        try:
-            record = _Record(alone, made, launches, result) if launches else None
-        except KeyError:
-            record = None
+        record = None
+        if launches and all(launch.run is not None for launch, _ in launches):
+            with contextlib.suppress(KeyError):
+                record = _Record(alone, made, launches, result)
         remember(records, key, record)
         return result
 
