@@ -38,7 +38,7 @@ from fla_compile.kernels.decay_heads import (
     state_heads,
     sum_heads,
 )
-from fla_compile.kernels.decay_retnet import retnet_decay
+from fla_compile.kernels.decay_retnet import retnet_decay, seen_by_others
 from fla_compile.kernels.decay_values import gla_values, gla_values_packed
 from fla_compile.kernels.operators import operator, register_autograd, register_fake, register_kernel
 from fla_compile.kernels.packed import call_packed, check_packed, register_packed
@@ -401,7 +401,8 @@ def _check(
     gate: str = "g",
 ) -> None:
     forms: tuple[Any, ...] | None = None
-    if cu_seqlens is None and type(q) is Tensor and not torch.compiler.is_compiling():
+    known = not torch.compiler.is_compiling() and type(q) is Tensor and not seen_by_others()  # sizes are numbers
+    if known and cu_seqlens is None:
         operands = q, k, v, g, initial_state
         forms = (family, *[None if x is None else (x.shape, x.dtype, x.device) for x in operands])
         if forms in _agreed:
