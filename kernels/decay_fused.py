@@ -23,7 +23,7 @@ from fla_compile.kernels.decay_heads import shares, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
-from fla_compile.kernels.decay_segments import Packing, Part, chain_joints_kernel, chain_segments
+from fla_compile.kernels.decay_segments import Packing, Part, ceil_div, chain_joints_kernel, chain_segments
 from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 from fla_compile.kernels.launch_record import empty, recorded
@@ -56,7 +56,7 @@ def _launch(
             config.block_v, KINDS[plan.kind], part, reverse, y is not None, st is not None, tall, s0 is not None,
             packed is None and plan.T % config.chunk == 0, plan.precision, *shares(plan.H, x, z, w, g, e),
         )  # fmt: skip
-        programs = segments_of(plan, packed) * plan.H * triton.cdiv(w.shape[-1], config.block_v)
+        programs = segments_of(plan, packed) * plan.H * ceil_div(w.shape[-1], config.block_v)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         launch = Launch(chunk_scan_kernel, z.device, (programs,), numbers, **options)
         remember(_launches, key, launch)
@@ -108,7 +108,7 @@ def _packed_chain(
     if launch is None:
         block = min(1024, triton.next_power_of_2(K * V))
         numbers = H, K, V, block, KINDS[plan.kind], reverse, s0 is not None
-        grid = (rows.shape[0] * H * triton.cdiv(K * V, block),)
+        grid = (rows.shape[0] * H * ceil_div(K * V, block),)
         launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
         remember(_launches, key, launch)
     launch(u, gt, s0, rows, float(s_in))
@@ -118,7 +118,7 @@ def _packed_chain(
 def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     """What the passes for dq and dk, [B, T, H, K], fill."""
     states = new_states(plan, like, packing)
-    columns = triton.cdiv(plan.K, plan.tall.block_v)
+    columns = ceil_div(plan.K, plan.tall.block_v)
     # the sums run along a state's rows, which are its columns where it is turned
     side = plan.tall.block_v if plan.tall.chunk < LONG.value else plan.tall.block_k
     wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)

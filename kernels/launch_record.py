@@ -45,8 +45,13 @@ class _Record:
 
     def __init__(self, args: tuple[Any, ...], made: Made, launches: Launches, results: tuple[Any, ...]) -> None:
         returned = [*map(id, results)]
-        alone = [(x, make) for x, make, zeros in made if zeros or x.nbytes > SMALL or id(x) in returned]
-        together = [x for x, _, zeros in made if not (zeros or x.nbytes > SMALL or id(x) in returned)]
+        alone: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        together: list[Tensor] = []
+        for x, make, zeros in made:
+            if zeros or x.nbytes > SMALL or id(x) in returned:
+                alone.append((x, make))
+            else:
+                together.append(x)
         self.operands = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
         self.makers = [make for _, make in alone]
         *self.offsets, size = accumulate((-(-x.nbytes // ALIGNED) * ALIGNED for x in together), initial=0)
@@ -64,12 +69,12 @@ class _Record:
 
         told = [itemgetter(*map(place, (*first, *launch.numbers))) for launch, first in launches]
         self.steps = [*zip((launch.run for launch, _ in launches), told, strict=True)]
-        kept: dict[int, int] = {id(x): i for i, (x, _) in enumerate(alone)} | {id(None): len(alone)}
+        kept = {id(x): i for i, (x, _) in enumerate(alone)} | {id(None): len(alone)}
         self.results = [kept[i] for i in returned]
         self.device = launches[0][0].device
 
-    def __call__(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        new: list[Tensor | None] = [make() for make in self.makers]
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        new: list[Any] = [make() for make in self.makers]
         scratch = self.scratch()
         start = scratch.data_ptr()
         at = [args[i].data_ptr() for i in self.operands]
@@ -104,7 +109,8 @@ def recorded(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Resul
         if key in records:
             record = records[key]
             return launcher(*args, **kwargs) if record is None else record(args)
-        alone = tuple([x.detach() if isinstance(x, Tensor) else x for x in args])  # one tensor may be two arguments
+        # one tensor may be two arguments
+        alone: Any = tuple([x.detach() if isinstance(x, Tensor) else x for x in args])
         launches: Launches = []
         made: Made = []
         this_thread.noted, this_thread.made = launches, made
