@@ -105,8 +105,7 @@ def _direct(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., 
 
 
 Launches = list[tuple[Launch, tuple[Tensor | float | None, ...]]]
-
-
+# What was allocated, how it is done again, and whether with zeros
 Made = list[tuple[Tensor, Callable[[], Tensor], bool]]
 
 

@@ -29,10 +29,10 @@ Result = TypeVar("Result", bound=tuple[Tensor | None, ...])
 
 def empty(*sizes: int, dtype: torch.dtype, device: torch.device, zeros: bool = False) -> Tensor:
     """torch.empty, or torch.zeros, as a record can do it again."""
-    make = functools.partial(torch.zeros if zeros else torch.empty, *sizes, dtype=dtype, device=device)
-    x = make()
+    new = torch.zeros if zeros else torch.empty
+    x = new(*sizes, dtype=dtype, device=device)
     if this_thread.made is not None:
-        this_thread.made.append((x, make, zeros))
+        this_thread.made.append((x, functools.partial(new, *sizes, dtype=dtype, device=device), zeros))
     return x
 
 
