@@ -257,3 +257,5 @@ def test_decayed_ops(family, T, monkeypatch):
             fresh = [*map(recorded, outer)]
             for _ in range(3):
                 assert run(*fresh, states, heads) == want
+            # a launcher that takes memory elsewhere than from `empty` is not recorded, and is told tensors
+            assert not any(isinstance(x, torch.Tensor) for *_, args in calls for x in args)
