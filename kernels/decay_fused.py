@@ -24,9 +24,10 @@ from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_grown import grown_row_decay_grad_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
-from fla_compile.kernels.decay_segments import Packing, Part, chain_joints_kernel, chain_segments
+from fla_compile.kernels.decay_segments import Packing, Part, ceil_div, chain_joints_kernel, chain_segments
 from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
+from fla_compile.kernels.launch_record import empty, recorded
 
 __all__ = ["Scans", "pack_scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
 
@@ -60,7 +61,7 @@ def _launch(
             config.block_v, KINDS[plan.kind], part, reverse, y is not None, st is not None, tall, s0 is not None,
             packed is None and plan.T % config.chunk == 0, plan.precision, *shares(plan.H, x, z, w, g, e),
         )  # fmt: skip
-        programs = segments_of(plan, packed) * plan.H * triton.cdiv(w.shape[-1], config.block_v)
+        programs = segments_of(plan, packed) * plan.H * ceil_div(w.shape[-1], config.block_v)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         launch = Launch(chunk_scan_kernel, z.device, (programs,), numbers, **options)
         remember(_launches, key, launch)
@@ -86,9 +87,9 @@ def _chain(
 ) -> Tensor:  # fmt: skip
     """The states before each segment [B, segments, H, K, V]; the last one to st."""
     B, H, K, V = plan.B, plan.H, plan.K, plan.V
-    u = torch.empty(B, plan.segments, H, K, V, dtype=torch.float32, device=z.device)
+    u = empty(B, plan.segments, H, K, V, dtype=torch.float32, device=z.device)
     per_key = (K,) if plan.kind == "vector" else ()
-    gt = torch.empty(B, plan.segments, H, *per_key, dtype=torch.float32, device=z.device)
+    gt = empty(B, plan.segments, H, *per_key, dtype=torch.float32, device=z.device)
     _add_up(plan, z, w, g, u, gt, reverse=reverse)
     chain_segments(u, gt, s0, st, KINDS[plan.kind], reverse=reverse, s_in=s_in, s_st=s_st)
     return u
@@ -102,9 +103,9 @@ def _packed_chain(
     if not packing.joints:
         return packing.part(None)
     H, K, V = plan.H, plan.K, plan.V
-    u = torch.empty(packing.joints, H, K, V, dtype=torch.float32, device=z.device)
+    u = empty(packing.joints, H, K, V, dtype=torch.float32, device=z.device)
     per_key = (K,) if plan.kind == "vector" else ()
-    gt = torch.empty(packing.joints, H, *per_key, dtype=torch.float32, device=z.device)
+    gt = empty(packing.joints, H, *per_key, dtype=torch.float32, device=z.device)
     _add_up(plan, z, w, g, u, gt, reverse=reverse, packed=packing.sums(reverse))
     rows = packing.chain()
     key = ("joints", plan, reverse, layout(s0), rows.shape, u.device)
@@ -112,7 +113,7 @@ def _packed_chain(
     if launch is None:
         block = min(1024, triton.next_power_of_2(K * V))
         numbers = H, K, V, block, KINDS[plan.kind], reverse, s0 is not None
-        grid = (rows.shape[0] * H * triton.cdiv(K * V, block),)
+        grid = (rows.shape[0] * H * ceil_div(K * V, block),)
         launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
         remember(_launches, key, launch)
     launch(u, gt, s0, rows, float(s_in))
@@ -122,12 +123,12 @@ def _packed_chain(
 def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     """What the passes for dq and dk, [B, T, H, K], fill."""
     states = new_states(plan, like, packing)
-    columns = triton.cdiv(plan.K, plan.tall.block_v)
+    columns = ceil_div(plan.K, plan.tall.block_v)
     # the sums run along a state's rows, which are its columns where it is turned
     side = plan.tall.block_v if plan.tall.chunk < LONG.value else plan.tall.block_k
     wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
-    rows = torch.empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)
-    return Sums(states, rows, torch.empty(states.shape[0], columns, side, **wide))
+    rows = empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)
+    return Sums(states, rows, empty(states.shape[0], columns, side, **wide))
 
 
 def _launch_row_grads(
@@ -165,15 +166,16 @@ def _launch_row_grads(
     launch(*operands, sums.states, sums.rows, sums.carry, dg, table, float(scale))
 
 
+@recorded
 @compiled_together
 def scan_forward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, *,
     packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs [B, T, H, V] and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands contiguous."""
-    o = torch.empty(plan.B, plan.T, plan.H, plan.V, dtype=v.dtype, device=v.device)
+    o = empty(plan.B, plan.T, plan.H, plan.V, dtype=v.dtype, device=v.device)
     states = plan.B if packing is None else packing.sequences
-    ht = torch.empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
+    ht = empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
     final: Tensor | None = ht
     packed = None
     if packing is not None:
@@ -190,13 +192,14 @@ def scan_forward(
     return o, ht
 
 
+@recorded
 @compiled_together
 def scan_query_grad(
     plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dq alone under a gate a key, and the final state [B, H, K, V] in float32; all operands contiguous."""
-    dq = torch.empty_like(k)
-    ht = torch.empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
+    dq = empty(*k.shape, dtype=k.dtype, device=k.device)
+    ht = empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
     final: Tensor | None = ht
     if plan.segments > 1:
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
@@ -216,23 +219,24 @@ def scan_backward(
 
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
-    dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing)
+    dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing=packing)
     dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     if g is not None and dg is not None:
         dg = sum_decay_heads(dg.sum((0, 1)) if plan.kind == "constant" else dg, g)
     return dq, dk, dv, dg, dh0
 
 
+@recorded
 @compiled_together
 def _launch_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
-    dht: Tensor | None, need_dg: bool, o: Tensor | None, packing: Packing | None,
+    dht: Tensor | None, need_dg: bool, o: Tensor | None, *, packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """As `scan_backward`, but all have H heads, and dg of one decay a head has its steps still, [B, T, H]."""
     B, T, H, K = plan.B, plan.T, plan.H, plan.K
-    dq, dk, dv = (torch.empty(B, T, H, size, dtype=q.dtype, device=q.device) for size in (K, K, plan.V))
+    dq, dk, dv = (empty(B, T, H, size, dtype=q.dtype, device=q.device) for size in (K, K, plan.V))
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
-    dh0 = None if h0 is None else torch.empty(*h0.shape, **wide)
+    dh0 = None if h0 is None else empty(*h0.shape, **wide)
     down, final = 1.0 / scale, dh0
     ahead = back = None
     if packing is not None:
@@ -244,7 +248,7 @@ def _launch_backward(
         down, final = 1.0, None
     if plan.kind == "vector":
         assert g is not None
-        dg = torch.empty(B, T, H, K, **wide) if need_dg else None
+        dg = empty(B, T, H, K, **wide) if need_dg else None
         h, d = new_states(plan, q, packing), new_states(plan, q, packing)
         if o is None:
             launch_states(plan, k, v, g, reverse=False, s0=h0, h=h, packed=ahead)
@@ -261,7 +265,7 @@ def _launch_backward(
     parts = (PLAIN.value, PLAIN.value)
     if need_dg and plan.kind != "none":
         parts = (QUERIES.value, KEYS.value)
-        dg, sums = torch.empty(B, T, H, **wide), _new_sums(plan, q, packing)
+        dg, sums = empty(B, T, H, **wide), _new_sums(plan, q, packing)
     _launch(
         plan, do, v, k, g, dq, tall=True, reverse=False, s0=h0, scales=(1.0, scale, 1.0), part=parts[0], e=q, sums=sums,
         packed=ahead,

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fla_compile.kernels.decay_chunk_gates import chunk_grads_kernel, chunk_states_kernel
@@ -12,8 +11,9 @@ from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import chunk_scan_rows_kernel
-from fla_compile.kernels.decay_segments import Packing, Part
+from fla_compile.kernels.decay_segments import Packing, Part, ceil_div
 from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch_record import empty
 
 __all__ = ["launch_grads", "launch_outputs", "launch_states", "new_states", "segments_of"]
 
@@ -29,7 +29,7 @@ def segments_of(plan: Scans, packed: Part | None) -> int:
 
 def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Tensor:
     """A state for every chunk of a tall pass of each segment and head, V x K numbers in some order."""
-    return torch.empty(_chunks(plan, packing)[2] * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+    return empty(_chunks(plan, packing)[2] * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
 
 
 def launch_outputs(
@@ -46,7 +46,7 @@ def launch_outputs(
         _launch_chunks(plan, x, z, w, g, h, y, s_y, reverse=reverse, packing=packing)
         return
     config = plan.wide
-    programs = segments_of(plan, packed) * plan.H * triton.cdiv(plan.V, config.block_v)
+    programs = segments_of(plan, packed) * plan.H * ceil_div(plan.V, config.block_v)
     operands = x, z, w, g, s0, y, st, h, _ranges(plan, programs, z), *_parts(packed)
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
@@ -63,8 +63,8 @@ def launch_states(
     times the first of `scales`, st written times the second."""
     config = plan.states
     assert config is not None
-    programs = segments_of(plan, packed) * plan.H * triton.cdiv(plan.V, config.block_v)
-    grid = programs, triton.cdiv(plan.K, config.block_k)
+    programs = segments_of(plan, packed) * plan.H * ceil_div(plan.V, config.block_v)
+    grid = programs, ceil_div(plan.K, config.block_k)
     operands = z, w, g, s0, st, gt, h, *_parts(packed)
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
@@ -80,7 +80,7 @@ def _launch_chunks(
     config = plan.chunks
     assert config is not None
     table, segments, chunks = _chunks(plan, packing)
-    programs = chunks * plan.H * triton.cdiv(plan.V, config.block_v)
+    programs = chunks * plan.H * ceil_div(plan.V, config.block_v)
     operands = x, z, w, g, h, y, _ranges(plan, programs, z), table
     flags = reverse, table is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
@@ -95,7 +95,7 @@ def launch_grads(
     """dq, and with d, the gradients of states, dk and dg if given."""
     config = plan.tall
     table, segments, chunks = _chunks(plan, packing)
-    programs = chunks * plan.H * triton.cdiv(plan.K, config.block_v)
+    programs = chunks * plan.H * ceil_div(plan.K, config.block_v)
     operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), table
     flags = (table is None and plan.T % config.chunk == 0,)
     tile = config.chunk, config.block_v, config.block_k
@@ -106,7 +106,7 @@ def launch_grads(
 def _chunks(plan: Scans, packing: Packing | None) -> tuple[Tensor | None, int, int]:
     """The table of segments, their number, and that of chunks with a state for each head."""
     if packing is None:
-        return None, plan.segments, plan.B * plan.segments * triton.cdiv(plan.length, plan.tall.chunk)
+        return None, plan.segments, plan.B * plan.segments * ceil_div(plan.length, plan.tall.chunk)
     return packing.part(None).table, packing.segments, packing.chunks
 
 
@@ -116,8 +116,7 @@ def _parts(packed: Part | None) -> tuple[Tensor | None, Tensor | None]:
 
 def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
     """Where a launch leaves the largest range each program met; with a limit below zero, all are beyond it."""
-    new = torch.zeros if plan.limit < 0 else torch.empty
-    return new(programs, dtype=torch.float32, device=like.device)
+    return empty(programs, dtype=torch.float32, device=like.device, zeros=plan.limit < 0)
 
 
 def _launch(

@@ -38,7 +38,7 @@ from fla_compile.kernels.decay_heads import (
     state_heads,
     sum_heads,
 )
-from fla_compile.kernels.decay_retnet import retnet_decay
+from fla_compile.kernels.decay_retnet import retnet_decay, seen_by_others
 from fla_compile.kernels.decay_values import gla_values, gla_values_packed
 from fla_compile.kernels.operators import operator, register_autograd, register_fake, register_kernel
 from fla_compile.kernels.packed import call_packed, check_packed, register_packed
@@ -291,7 +291,7 @@ def retention(
         g = retnet_decay(heads, q.device, state_dtype(q))[1]
     else:
         g = gamma.to(state_dtype(q)).log()
-    return _run("retention", q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+    return _call("retention", q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 
 def simple_gla(
@@ -366,9 +366,28 @@ def _run(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     _check(family, q, k, v, g, initial_state, cu_seqlens)
+    return _call(family, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def _call(
+    family: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     operands = q, k, v, g, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
     o, final = OPS[family](*operands) if cu_seqlens is None else call_packed(PACKED[family], *operands, cu_seqlens)
     return o, final if output_final_state else None
+
+
+# What was found to agree, so that a call need not look again: sizes, types and devices are all that is looked at.
+MOST_AGREED = 4096
+_agreed: set[tuple[Any, ...]] = set()
 
 
 def _check(
@@ -381,7 +400,18 @@ def _check(
     cu_seqlens: Tensor | None,
     gate: str = "g",
 ) -> None:
+    forms: tuple[Any, ...] | None = None
+    known = not torch.compiler.is_compiling() and type(q) is Tensor and not seen_by_others()  # sizes are numbers
+    if known and cu_seqlens is None:
+        operands = q, k, v, g, initial_state
+        forms = (family, *[None if x is None else (x.shape, x.dtype, x.device) for x in operands])
+        if forms in _agreed:
+            return
     check_operands(family, q, k, v, check_packed("q", q, cu_seqlens, initial_state), shared=True)
     if g is not None:
         check_gate(gate, g, FAMILIES[family], q, v, shared=True)
     check_heads(q, k, v, g, initial_state, gate)
+    if forms is not None:
+        if len(_agreed) >= MOST_AGREED:
+            _agreed.clear()
+        _agreed.add(forms)

@@ -50,12 +50,12 @@ class Scans:
         """There is a pass for the output, which holds all keys of a state."""
         return self.K <= self.wide.block_k
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         """Steps of a segment, the same for both shapes of pass: whole chunks of either, but for the last one's."""
         return triton.cdiv(triton.cdiv(self.T, self.chunk), self.segments) * self.chunk
 
-    @property
+    @functools.cached_property
     def chunk(self) -> int:
         """Segments but the last are whole chunks of so many steps: of either shape of pass."""
         return _chunk(self.wide, self.tall, self.states)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fla_compile.kernels.decay_naive import retnet_gamma
 
-__all__ = ["retnet_decay"]
+__all__ = ["retnet_decay", "seen_by_others"]
 
 # Nothing here is ever freed: a CUDA graph may read it.
 _known: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -13,7 +13,7 @@ _known: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 def retnet_decay(heads: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """gamma [H] and its logarithm, to be read alone: every later call gets the same ones, but for those traced."""
-    if torch.compiler.is_compiling() or _seen_by_others():
+    if torch.compiler.is_compiling() or seen_by_others():
         return _make(heads, device, dtype)
     key = heads, device, dtype
     if key in _known:
@@ -34,6 +34,6 @@ def _make(heads: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
     return gamma, gamma.log()
 
 
-def _seen_by_others() -> bool:
+def seen_by_others() -> bool:
     """Whether a mode or a transform of torch.func makes other tensors of what is computed, or records it."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from fla_compile.kernels.launch import Launch, layout, remember
 
-__all__ = ["COLUMNS", "Packing", "Part", "chain_joints_kernel", "chain_segments", "chunk_of", "pack", "segment_count"]
+__all__ = [
+    "COLUMNS",
+    "Packing",
+    "Part",
+    "ceil_div",
+    "chain_joints_kernel",
+    "chain_segments",
+    "chunk_of",
+    "pack",
+    "segment_count",
+]
 
 # A segment shorter than this many chunks, unless its launch knows better, costs more in states than it gains; so does a
 # cut in two.
@@ -236,14 +246,14 @@ def pack(
             rows.append((first, last, sequence, -1, -1))
             continue
         if longest is not None:
-            count = _ceil(length, longest)
+            count = ceil_div(length, longest)
         else:
             count = segment_count(
                 length, steps=steps, programs=programs, chunk=chunk, room=room, resident=resident, shortest=shortest
             )
-        size = _ceil(_ceil(length, chunk), count) * chunk
+        size = ceil_div(ceil_div(length, chunk), count) * chunk
         if size < length:
-            cut.append((joint, _ceil(length, size) - 1, sequence, 0, 0, 0, 0, 0))
+            cut.append((joint, ceil_div(length, size) - 1, sequence, 0, 0, 0, 0, 0))
         for start in range(first, last, size):
             end = min(start + size, last)
             before, after = joint - 1 if start > first else -1, joint if end < last else -1
@@ -253,12 +263,13 @@ def pack(
     table: list[tuple[int, ...]] = []
     for first, last, sequence, before, after in rows:
         table.append((first, last, chunks, sequence, before, after, 0, 0))
-        chunks += _ceil(last - first, state_chunk)
+        chunks += ceil_div(last - first, state_chunk)
     sums = [(*row[:3], row[side], -1, -1, 0, 0) for side in (5, 4) for row in table if row[side] >= 0]
     numbers = array("i", chain.from_iterable((*table, *sums, *cut)))
     on_device = torch.frombuffer(numbers, dtype=torch.int32).view(-1, COLUMNS.value).to(device)
     return Packing(on_device, len(bounds), len(rows), joint, chunks)
 
 
-def _ceil(x: int, y: int) -> int:
+def ceil_div(x: int, y: int) -> int:
+    """triton.cdiv, which takes 3 us on the host."""
     return -(-x // y)

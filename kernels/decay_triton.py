@@ -42,6 +42,7 @@ from fla_compile.kernels.decay_triton_common import (
     store_rows,
 )
 from fla_compile.kernels.launch import compiled_together
+from fla_compile.kernels.launch_record import recorded
 
 __all__ = ["chunk_backward", "chunk_forward", "launch_outputs"]
 
@@ -89,6 +90,7 @@ def chunk_output_kernel(
     store_rows(p_o + i_row * V, b_o * scale, o_c * H, o_v, m_c, V)
 
 
+@recorded
 def chunk_forward(
     q: torch.Tensor,
     k: torch.Tensor,

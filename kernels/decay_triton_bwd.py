@@ -41,6 +41,7 @@ from fla_compile.kernels.decay_triton_common import (
 )
 from fla_compile.kernels.decay_triton_grads import launch_query_key_grads, sum_shares
 from fla_compile.kernels.launch import compiled_together
+from fla_compile.kernels.launch_record import recorded
 
 __all__ = ["chunk_backward", "launch_gradients"]
 
@@ -143,6 +144,7 @@ def chunk_value_grad_kernel(
     store_rows(p_dv + i_row * V, b_dv, o_c * H, o_v, m_c, V)
 
 
+@recorded
 def chunk_backward(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -24,7 +24,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel, compiler
 from triton.runtime import _async_compile
 
-__all__ = ["MOST_PLANS", "Launch", "compiled_together", "layout", "remember"]
+__all__ = ["MOST_PLANS", "Launch", "Launches", "Made", "compiled_together", "layout", "remember", "this_thread"]
 
 # Plans of a launcher: a server has a few shapes a batch size.
 MOST_PLANS = 4096
@@ -66,10 +66,12 @@ class Launch:
 
     def __call__(self, *first: Tensor | float | None) -> None:
         """Runs on the device's current stream, inside `compiled_together` at the latest at its end."""
-        waiting = _waiting.launches
+        waiting = this_thread.waiting
         if waiting is not None and (waiting or self.run is None):
             waiting.append((self, first))
             return
+        if this_thread.noted is not None:
+            this_thread.noted.append((self, first))
         with torch.cuda.device(self.device):
             if self.run is not None:
                 self.run(*first, *self.numbers)
@@ -103,13 +105,18 @@ def _direct(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., 
 
 
 Launches = list[tuple[Launch, tuple[Tensor | float | None, ...]]]
+# What was allocated, how it is done again, and whether with zeros
+Made = list[tuple[Tensor, Callable[[], Tensor], bool]]
 
 
-class _Waiting(threading.local):
-    launches: Launches | None = None
+class _Thread(threading.local):
+    waiting: Launches | None = None  # until all are compiled
+    # What a call launches, and the memory that it takes, where `launch_record` asks for it
+    noted: Launches | None = None
+    made: Made | None = None
 
 
-_waiting = _Waiting()
+this_thread = _Thread()
 
 
 def compiled_together(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -120,14 +127,14 @@ def compiled_together(launcher: Callable[Arguments, Result]) -> Callable[Argumen
 
     @functools.wraps(launcher)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if _waiting.launches is not None:
+        if this_thread.waiting is not None:
             return launcher(*args, **kwargs)
         launches: Launches = []
-        _waiting.launches = launches
+        this_thread.waiting = launches
         try:
             result = launcher(*args, **kwargs)
         finally:
-            _waiting.launches = None
+            this_thread.waiting = None
         if launches:
             _run(launches)
         return result

@@ -3,6 +3,7 @@ import torch
 from budget import check_budget
 from decay_cases import FAMILIES, Case, make_inputs, truth_and_eager
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fla_compile import ops
 from fla_compile.kernels import decay_ops
@@ -144,8 +145,17 @@ def _x(*shape, dtype=torch.float32, device="cpu"):
 )
 def test_bad_input_is_named(change, message):
     good = {"q": _x(2, 5, 3, 4), "k": _x(2, 5, 3, 4), "v": _x(2, 5, 3, 6), "g": _x(2, 5, 3, 4)}
-    with pytest.raises(ValueError, match=message):
-        ops.gla(**(good | change))
+    for _ in range(2):
+        ops.gla(**good)  # what has agreed is not looked at again
+        with pytest.raises(ValueError, match=message):
+            ops.gla(**(good | change))
+
+
+def test_sizes_without_a_value():
+    """Traced by torch.func, tensors are plain ones, but what they agree in is not to be kept."""
+    trace = make_fx(torch.func.functionalize(lambda q: ops.linear_attention(q, q, q)[0]), tracing_mode="symbolic")
+    targets = [node.target for node in trace(_x(1, 5, 3, 4)).graph.nodes]
+    assert torch.ops.fla_compile.linear_attention.default in targets
 
 
 @pytest.mark.parametrize(
