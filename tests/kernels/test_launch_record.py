@@ -204,7 +204,7 @@ def test_no_tensor_is_kept():
 
 
 KERNELS = {
-    decay_fused: ("chunk_scan_kernel", "row_decay_grad_kernel"),
+    decay_fused: ("chunk_scan_kernel", "row_decay_grad_kernel", "grown_row_decay_grad_kernel"),
     decay_fused_gates: ("chunk_scan_rows_kernel", "chunk_states_kernel", "chunk_outputs_kernel", "chunk_grads_kernel"),
     decay_segments: ("chain_segments_kernel",),
 }
@@ -221,6 +221,13 @@ def test_decayed_ops(family, T, monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(name, calls))
         monkeypatch.setattr(module, "_launches", {})
+    taken, new = [], torch.empty  # all of it lives on: an address has one name
+
+    def empty(*sizes, **how):
+        taken.append(new(*sizes, **how))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
     shape = GATES[family]
     gate = None if shape is None else tuple(T if n == 256 else n for n in shape)
 
