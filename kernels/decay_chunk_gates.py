@@ -16,8 +16,8 @@ and dq without its diagonal, for each channel
     dg_t = e^L <S, R> + sum_{i >= t} (q_i dq_i - k_i dk"_i) + sum_{j < t} k_j dk'_j
 
 where pairs on one side of t cancel to rounding. No sum leaves its chunk: paths that a strong decay has cut contribute
-nothing. Where a pair grew by e^x its rounding would be 2^-24 e^x, however small dg_t: a program that meets a step that
-grows counts as one out of range, and EXACT adds up the pairs of j < t <= i alone.
+nothing. Where a pair grew by e^x its rounding would be 2^-24 e^x, however small dg_t: so growth counts towards the
+range (GROWTH), and EXACT adds up the pairs of j < t <= i alone.
 
 `chunk_states_kernel` leaves S, or what a segment adds to it: its factors, e^{L - c_j} forward and e^{c_i} in reverse,
 are never out of range.
@@ -37,7 +37,7 @@ from fla_compile.kernels.decay_scan import (
     walk_program,
 )
 from fla_compile.kernels.decay_scan_gates import channel_sums, halves, load_gates, load_row
-from fla_compile.kernels.decay_scan_sums import sums_before
+from fla_compile.kernels.decay_scan_sums import add_both, sums_before
 from fla_compile.kernels.decay_segments import chunk_of
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
@@ -48,11 +48,6 @@ __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
 GROWTH = tl.constexpr(20.0)
 # What <S, R> may be, which has to come before e^L; above it, or no number, it is the exact launch's.
 LARGEST = tl.constexpr(2.0**126)
-
-
-@triton.jit
-def add_both(a_x, a_y, b_x, b_y):
-    return a_x + b_x, a_y + b_y
 
 
 @triton.jit
@@ -163,7 +158,7 @@ def chunk_grads_kernel(
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    i_k, _, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, K, BK, C)
+    i_k, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, K, BK, C)
     if t_0 >= t_e:
         return
     dtype = p_k.dtype.element_ty

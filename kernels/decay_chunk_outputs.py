@@ -15,9 +15,8 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_chunk_gates import load_masked
 from fla_compile.kernels.decay_scan import load_tile, store_tile, tile_mask
-from fla_compile.kernels.decay_scan_gates import channel_sums, from_middle, halves, load_gates, load_row
+from fla_compile.kernels.decay_scan_gates import channel_sums, exact_scores, from_middle, halves, load_gates
 from fla_compile.kernels.decay_segments import chunk_of
-from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_outputs_kernel"]
 
@@ -34,7 +33,7 @@ def chunk_outputs_kernel(
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    i_w, _, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, W, BW, C)
+    i_w, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, W, BW, C)
     if t_0 >= t_e:
         return
     dtype = p_w.dtype.element_ty
@@ -61,20 +60,8 @@ def chunk_outputs_kernel(
         b_x = load_tile(p_x, o_c * (H // RX), o_x, m_x, X)
         b_g = load_gates(p_g, o_c * (H // RG), o_x, m_x, X)
         if EXACT:
-            b_e = tl.zeros((C, BX), tl.float32)
             n_j = tl.minimum(t_e - t_0, C)
-            for i_j in range(n_j):
-                j = i_j
-                if not REVERSE:
-                    j = n_j - 1 - i_j
-                b_gj = as_decay(load_row(p_g + j * (H // RG) * X, o_x, X)) * LOG2_E
-                b_zj = load_row(p_z + j * (H // RZ) * X, o_x, X)
-                if REVERSE:
-                    b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
-                b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
-                b_a += tl.where((o_c == j)[None, :], b_aj[:, None], 0.0)
-                if not REVERSE:
-                    b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
+            b_a += exact_scores(p_z, p_g, b_x, n_j, o_c, o_x, H // RZ, H // RG, X, C, BX, REVERSE)
             b_e = tl.cumsum(b_g, 0)
             if REVERSE:
                 b_e = tl.sum(b_g, 0)[None, :] - b_e

@@ -9,7 +9,8 @@ no passes but dv's where its chunks are as long: `states` leaves the states at t
 values, from which `chunks` makes dv and the output of heads that no pass holds, and `tall` dq, dk and the decay's
 gradient of block_v keys, block_k values at a time. Head size classes bound the larger of K and V, or the rows of the
 state.
-Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs.
+Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs, but
+not under a gate a key.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.
 """

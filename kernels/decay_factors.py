@@ -5,11 +5,11 @@ With b the cumulative sum of g over the C rows of a chunk, pairs of rows are lin
     A_ij = sum_k x_ik y_jk e^{b_ik - b_jk}        j <= i
 
 How A is factored into two matrices depends on how strong the decay is. A block of n rows is *mild* when the decay
-summed over each half of it is below `MILD`, and the steps that grow below `GROWN`: then A = (x e^s)(y e^{-s})^T with s
-the sum counted from the middle of the block. The largest n for which all blocks are mild is the *leaf*. Blocks on the
-diagonal are leaves; a block below the diagonal, rows in one half of 2n and columns in the half before, is anchored at
-the boundary between the two, where both factors are decays and cannot overflow. Sums run only over the steps between a
-row and its anchor, so a reset of -100 leaves the precision of its neighbours alone.
+summed over each half of it is below `MILD`, where steps that grow, up to `GROWN` of them, weigh more: then A = (x
+e^s)(y e^{-s})^T with s the sum counted from the middle of the block. The largest n for which all blocks are mild is the
+*leaf*. Blocks on the diagonal are leaves; a block below the diagonal, rows in one half of 2n and columns in the half
+before, is anchored at the boundary between the two, where both factors are decays and cannot overflow. Sums run only
+over the steps between a row and its anchor, so a reset of -100 leaves the precision of its neighbours alone.
 
 Tensors are [..., C, K] with three leading dimensions of which this file knows nothing; N is their product.
 """
@@ -103,8 +103,8 @@ def _blocked_decays(g: Tensor, leaf: int) -> Decay:
 
 
 def leaf_size(g: Tensor) -> int:
-    """The largest power of two n < C such that no half of a block of n rows decays by more than MILD or grows by more
-    than GROWN."""
+    """The largest power of two n < C such that no half of a block of n rows has more than MILD of decay and growth, of
+    which GROWN weighs as much as MILD."""
     size = torch.maximum(-g, g * (MILD / GROWN))
     n = g.shape[-2] // 2
     while n > 1:

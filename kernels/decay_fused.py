@@ -3,7 +3,8 @@
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
 
 Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Under a gate a
-key the passes are two (`decay_fused_gates`), and dq, dk and dg come from states at the chunks' ends. Where programs are
+key the output is one, for up to 128 keys, and dv where its chunks are as long as those of states (`decay_fused_gates`);
+all else comes from states at the chunks' ends. Where programs are
 too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the
 sums are chained to the state before each segment, and the segments then run side by side. Packed sequences are such
 segments too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
@@ -138,10 +139,10 @@ def _launch_row_grads(
     """dg of one decay a head and step, from what the passes left, and again where a step grows."""
     B, T, H, tile = plan.B, plan.T, plan.H, plan.tall
     segments = plan.segments if packing is None else packing.segments
-    chunks = triton.cdiv(plan.length, tile.chunk) if packing is None else triton.cdiv(packing.chunks, segments)
+    chunks = ceil_div(plan.length, tile.chunk) if packing is None else ceil_div(packing.chunks, segments)
     table = None if packed is None else packed.table
     heads = min(16, triton.next_power_of_2(H))
-    grid = (B * segments * chunks * triton.cdiv(H, heads),)
+    grid = (B * segments * chunks * ceil_div(H, heads),)
     times, sides = (T, plan.length, segments, chunks), sums.carry.shape[1:]
     key = ("rows", plan, segments, chunks, layout(table), dg.device)
     launch = _launches.get(key)

@@ -29,9 +29,9 @@ diagonal, dk' the part of dk that goes through D, for each channel
 
 in which pairs of rows before t are not met and those after it cancel; k_t dk'_t, which no decay before t cuts, is not
 added to be taken away again. Of a pair that grew by e^x (g > 0) its rounding would be left, 2^-24 e^x: programs that
-meet growth are done step by step too, and for chunks that grow the pass for dq adds up the pairs of j < t <= i alone
-(`decay_scan_both_grown`). Of the gate over values it is the same with do, o, v and dv in the places of q, dq, k and dk.
-The pass for dq (or o) writes q dq and S, the pass for dk (or dv) adds the others.
+meet chunks that grow by more than 2^4 are done step by step too, and there the pass for dq adds up the pairs of j < t
+<= i alone (`decay_scan_both_grown`). Of the gate over values it is the same with do, o, v and dv in the places of q,
+dq, k and dk. The pass for dq (or o) writes q dq and S, the pass for dk (or dv) adds the others.
 """
 
 import triton
@@ -51,18 +51,13 @@ from fla_compile.kernels.decay_scan import (
 )
 from fla_compile.kernels.decay_scan_both_grown import chunk_grows, load_row_gates, paths_of_queries
 from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
-from fla_compile.kernels.decay_scan_sums import sums_before
+from fla_compile.kernels.decay_scan_sums import add_both, sums_before
 
 __all__ = ["chunk_scan_both_kernel", "step_scan_both_kernel"]
 
 # In a gradient's range growth by 2^4 is the limit: on both axes it leaves eight of the 16 bits that factors have in two
 # parts of bfloat16.
 GROWN = tl.constexpr(4.0)
-
-
-@triton.jit
-def add_both(a_0, a_1, b_0, b_1):
-    return a_0 + b_0, a_1 + b_1
 
 
 @triton.jit

@@ -3,9 +3,9 @@
     forward   y_i = x_i^T S_i      S_i = diag(a_i) S_{i-1} + z_i w_i^T
     reverse   y_j = x_j^T R_j      R_j = diag(a_{j+1}) R_{j+1} + z_j w_j^T
 
-with g [B, T, H, X]: o = forward(q, k, v), dv = reverse(k, q, do). The other gradients need no pass: `decay_chunk_gates`
-has them from the states before and after each chunk. A decay over values is one over keys in exchanged roles
-(`decay_triton_values`).
+with g [B, T, H, X]: o = forward(q, k, v), dv = reverse(k, q, do). `decay_chunk_outputs` has either from states before
+or after each chunk, and `decay_chunk_gates` the other gradients. A decay over values is one over keys in exchanged
+roles (`decay_triton_values`).
 
 Inside a chunk row i meets row j with exp(c_i - c_j), which is no product of two bounded factors. Taken relative to the
 middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and e^-m:
@@ -42,6 +42,8 @@ from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 __all__ = [
     "channel_sums",
     "chunk_scan_rows_kernel",
+    "exact_scores",
+    "from_middle",
     "halves",
     "largest_range",
     "load_gates",
@@ -95,6 +97,30 @@ def channel_sums(b_h, b_l, C: tl.constexpr, PRECISION: tl.constexpr):
     return tl.sum(b_s, 1)
 
 
+@triton.jit
+def exact_scores(
+    p_z, p_g, b_x, n_j, o_c, o_x, HZ: tl.constexpr, HG: tl.constexpr, X: tl.constexpr,
+    C: tl.constexpr, BX: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """x_i . exp(c_i - c_j) z_j of the n_j rows of a chunk, each by itself; z and g have HZ and HG heads. What is not
+    to be kept of it is masked after."""
+    b_a = tl.zeros((C, C), tl.float32)
+    b_e = tl.zeros((C, BX), tl.float32)
+    for i_j in range(n_j):
+        j = i_j
+        if not REVERSE:
+            j = n_j - 1 - i_j
+        b_gj = as_decay(load_row(p_g + j * HG * X, o_x, X)) * LOG2_E
+        b_zj = load_row(p_z + j * HZ * X, o_x, X)
+        if REVERSE:
+            b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
+        b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
+        b_a = tl.where((o_c == j)[None, :], b_aj[:, None], b_a)
+        if not REVERSE:
+            b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
+    return b_a
+
+
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_rows_kernel(
     p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_h, p_range, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
@@ -131,21 +157,11 @@ def chunk_scan_rows_kernel(
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if EXACT:  # first, while there are registers
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
-            b_a = tl.zeros((C, C), tl.float32)
-            b_e = tl.zeros((C, BX), tl.float32)
             n_j = tl.minimum(t_e - t_0, C)
-            for i_j in range(n_j):
-                j = i_j
-                if not REVERSE:
-                    j = n_j - 1 - i_j
-                b_gj = as_decay(load_row(p_g + (i_row + j * H) // RG * X, o_x, X)) * LOG2_E
-                b_zj = load_row(p_z + (i_row + j * H) // RZ * X, o_x, X)
-                if REVERSE:
-                    b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
-                b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
-                b_a = tl.where(m_a & (o_c == j)[None, :], b_aj[:, None], b_a)
-                if not REVERSE:
-                    b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
+            b_a = exact_scores(
+                p_z + i_row // RZ * X, p_g + i_row // RG * X, b_x, n_j, o_c, o_x, H // RZ, H // RG, X, C, BX, REVERSE
+            )
+            b_a = tl.where(m_a, b_a, 0.0)
         b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
         b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
         b_g = load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X)

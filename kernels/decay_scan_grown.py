@@ -14,8 +14,7 @@ by themselves.
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan_sums import SUMS, sums_before
-from fla_compile.kernels.decay_segments import COLUMNS
+from fla_compile.kernels.decay_scan_sums import SUMS, segment_of, sums_before
 from fla_compile.kernels.decay_triton_common import ROW_DECAY, load_columns, load_rows, row_decay
 from fla_compile.kernels.decay_triton_grown import GROWTH, pairs_across
 
@@ -38,17 +37,7 @@ def grown_row_decay_grad_kernel(
     o_h = h_0 + tl.arange(0, BH)
     o_c = tl.arange(0, C)
     i_b = (i_n // n_s).to(tl.int64)
-    if p_table is None:
-        t_a = (i_n % n_s) * L
-        t_e = tl.minimum(t_a + L, T)
-        n_c = tl.cdiv(L, C)
-        i_first = i_n.to(tl.int64) * H * n_c
-    else:
-        p_row = p_table + i_n * COLUMNS
-        t_a = tl.load(p_row)
-        t_e = tl.load(p_row + 1)
-        n_c = tl.cdiv(t_e - t_a, C)
-        i_first = tl.load(p_row + 2).to(tl.int64) * H
+    t_a, t_e, n_c, i_first = segment_of(p_table, i_n, T, H, L, n_s, C)
     for i_c in range((i_p // NH) % n_p, tl.cdiv(t_e - t_a, C), n_p):
         t_0 = t_a + i_c * C
         m_c = t_0 + o_c < t_e

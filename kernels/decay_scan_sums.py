@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fla_compile.kernels.decay_segments import COLUMNS
 
-__all__ = ["SUMS", "Sums", "row_decay_grad_kernel", "sums_before"]
+__all__ = ["SUMS", "Sums", "add_both", "row_decay_grad_kernel", "segment_of", "sums_before"]
 
 # Sums a row and block of columns: q . dq, k . dk" and k . dk'.
 SUMS = tl.constexpr(3)
@@ -44,6 +44,29 @@ def sums_before(b_x, axis: tl.constexpr):
     return b_sum
 
 
+@triton.jit
+def add_both(a_x, a_y, b_x, b_y):
+    """Two sums at once."""
+    return a_x + b_x, a_y + b_y
+
+
+@triton.jit
+def segment_of(p_table, i_n, T, H: tl.constexpr, L, n_s, C: tl.constexpr):
+    """First step of segment i_n and the one after its last, its number of chunks, and the first of its states."""
+    if p_table is None:
+        t_a = (i_n % n_s) * L
+        t_e = tl.minimum(t_a + L, T)
+        n_c = tl.cdiv(L, C)
+        i_first = i_n.to(tl.int64) * H * n_c
+    else:
+        p_row = p_table + i_n * COLUMNS
+        t_a = tl.load(p_row)
+        t_e = tl.load(p_row + 1)
+        n_c = tl.cdiv(t_e - t_a, C)
+        i_first = tl.load(p_row + 2).to(tl.int64) * H
+    return t_a, t_e, n_c, i_first
+
+
 @triton.jit(do_not_specialize=["T", "L", "n_s", "n_p"])
 def row_decay_grad_kernel(
     p_sums, p_carry, p_dg, p_table, T, L, n_s, n_p,
@@ -59,17 +82,7 @@ def row_decay_grad_kernel(
     o_n = tl.arange(0, N)
     m_h = o_h < H
     i_b = (i_n // n_s).to(tl.int64)
-    if p_table is None:
-        t_a = (i_n % n_s) * L
-        t_e = tl.minimum(t_a + L, T)
-        n_c = tl.cdiv(L, C)
-        i_first = i_n.to(tl.int64) * H * n_c
-    else:
-        p_row = p_table + i_n * COLUMNS
-        t_a = tl.load(p_row)
-        t_e = tl.load(p_row + 1)
-        n_c = tl.cdiv(t_e - t_a, C)
-        i_first = tl.load(p_row + 2).to(tl.int64) * H
+    t_a, t_e, n_c, i_first = segment_of(p_table, i_n, T, H, L, n_s, C)
     p_h = p_sums + ((i_b * H + o_h) * (SUMS * NW) * T)[:, None]
     for i_c in range((i_p // NH) % n_p, tl.cdiv(t_e - t_a, C), n_p):
         o_t = t_a + i_c * C + o_c

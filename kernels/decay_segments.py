@@ -125,9 +125,9 @@ def chain_joints_kernel(
 
 @triton.jit
 def chunk_of(p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr):
-    """One program for each chunk of each segment, head and X block: block, head, first step of the chunk and the one
-    after the last of its segment, first row of the sequence, number of the chunk's state. With a table, n_s counts its
-    rows."""
+    """One program for each chunk of each segment, head and X block: block, first step of the chunk and the one after
+    the last of its segment, first row of the sequence and head, number of the chunk's state. With a table, n_s counts
+    its rows."""
     NX: tl.constexpr = tl.cdiv(X, BX)
     i_p = tl.program_id(0) // NX
     if p_table is None:
@@ -157,7 +157,7 @@ def chunk_of(p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.conste
         t_0 = t_a + (i_c - i_first) * C
         i_seq = i_h.to(tl.int64)
         i_state = i_first.to(tl.int64) * H + i_h * tl.cdiv(t_e - t_a, C) + (i_c - i_first)
-    return tl.program_id(0) % NX, i_h, t_0, t_e, i_seq, i_state
+    return tl.program_id(0) % NX, t_0, t_e, i_seq, i_state
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}

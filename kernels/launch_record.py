@@ -23,6 +23,8 @@ __all__ = ["empty", "recorded"]
 # Bytes of what is allocated together, which torch would take from one block too, and where each begins
 SMALL, ALIGNED = 1 << 20, 512
 
+_NEW: Any = object()
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result", bound=tuple[Tensor | None, ...])
 
@@ -93,9 +95,9 @@ class _Record:
 def recorded(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """`launcher`, of which a call like an earlier one does what that one allocated and launched, and nothing else.
 
-    All that it does follows from the layouts of its tensors, its other arguments, and how torch takes products of
-    float32; nothing but kernels and `empty` writes to memory. A call is not recorded where torch makes one of the
-    tensors that it launches with or returns, nor where it has an argument by keyword other than None, True and False.
+    All that it does follows from the layouts of its tensors and its other arguments; nothing but kernels and `empty`
+    writes to memory. A call is not recorded where torch makes one of the tensors that it launches with or returns, nor
+    where it has an argument by keyword other than None, True and False.
     """
     records: dict[tuple[Any, ...], _Record | None] = {}
 
@@ -107,9 +109,9 @@ def recorded(launcher: Callable[Arguments, Result]) -> Callable[Arguments, Resul
         if this_thread.noted is not None or this_thread.waiting is not None:
             return launcher(*args, **kwargs)
         layouts = [layout(x) if isinstance(x, Tensor) else x for x in args]
-        key = (*layouts, *kwargs.items(), torch.get_float32_matmul_precision())
-        if key in records:
-            record = records[key]
+        key = (*layouts, *kwargs.items())
+        record = records.get(key, _NEW)
+        if record is not _NEW:
             return launcher(*args, **kwargs) if record is None else record(args)
         # one tensor may be two arguments
         alone: Any = tuple([x.detach() if isinstance(x, Tensor) else x for x in args])

@@ -98,7 +98,7 @@ def gates_of(row, values=None, packed=False):
     table = {} if packed else dict(p_table=None)
     joints = {} if packed else dict(p_u=None)
     if row.launch == "tall":
-        tile = dict(H=4, K=values or row.size, V=row.size, C=config.chunk, BK=config.block_v, BV=config.block_k)
+        tile = dict(H=4, K=row.size, V=values or row.size, C=config.chunk, BK=config.block_v, BV=config.block_k)
         tile |= dict(EVEN=not packed) | table
         alone = dict.fromkeys(("p_q", "p_d", "p_dk", "p_dg"))
         for exact in (False, True):
