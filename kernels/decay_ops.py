@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fla_compile.kernels import decay_cpu
+from fla_compile.kernels.decay_agreed import check_call
 from fla_compile.kernels.decay_checks import (
     FAMILIES,
     check_gate,
@@ -31,14 +32,13 @@ from fla_compile.kernels.decay_checks import (
 )
 from fla_compile.kernels.decay_heads import (
     at_first_alike,
-    check_heads,
     first_alike,
     output_heads,
     spread,
     state_heads,
     sum_heads,
 )
-from fla_compile.kernels.decay_retnet import retnet_decay, seen_by_others
+from fla_compile.kernels.decay_retnet import retnet_decay
 from fla_compile.kernels.decay_values import gla_values, gla_values_packed
 from fla_compile.kernels.operators import operator, register_autograd, register_fake, register_kernel
 from fla_compile.kernels.packed import call_packed, check_packed, register_packed
@@ -285,7 +285,7 @@ def retention(
     dtype and the final state [B, H, K, V] in float32 (float64 for float64), or None in its place. Raises ValueError for
     shapes, dtypes or devices that do not agree, and for an empty sequence. Source: Sun et al. 2023, arXiv:2307.08621.
     """
-    _check("retention", q, k, v, gamma, initial_state, cu_seqlens, gate="gamma")
+    check_call("retention", q, k, v, gamma, initial_state, cu_seqlens, gate="gamma")
     if gamma is None:
         heads = output_heads(q, k, v, None, None) if initial_state is None else initial_state.shape[1]
         g = retnet_decay(heads, q.device, state_dtype(q))[1]
@@ -365,7 +365,7 @@ def _run(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(family, q, k, v, g, initial_state, cu_seqlens)
+    check_call(family, q, k, v, g, initial_state, cu_seqlens)
     return _call(family, q, k, v, g, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -383,35 +383,3 @@ def _call(
     operands = q, k, v, g, initial_state, q.shape[-1] ** -0.5 if scale is None else scale
     o, final = OPS[family](*operands) if cu_seqlens is None else call_packed(PACKED[family], *operands, cu_seqlens)
     return o, final if output_final_state else None
-
-
-# What was found to agree, so that a call need not look again: sizes, types and devices are all that is looked at.
-MOST_AGREED = 4096
-_agreed: set[tuple[Any, ...]] = set()
-
-
-def _check(
-    family: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gate: str = "g",
-) -> None:
-    forms: tuple[Any, ...] | None = None
-    known = not torch.compiler.is_compiling() and type(q) is Tensor and not seen_by_others()  # sizes are numbers
-    if known and cu_seqlens is None:
-        operands = q, k, v, g, initial_state
-        forms = (family, *[None if x is None else (x.shape, x.dtype, x.device) for x in operands])
-        if forms in _agreed:
-            return
-    check_operands(family, q, k, v, check_packed("q", q, cu_seqlens, initial_state), shared=True)
-    if g is not None:
-        check_gate(gate, g, FAMILIES[family], q, v, shared=True)
-    check_heads(q, k, v, g, initial_state, gate)
-    if forms is not None:
-        if len(_agreed) >= MOST_AGREED:
-            _agreed.clear()
-        _agreed.add(forms)
