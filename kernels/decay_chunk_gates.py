@@ -36,8 +36,8 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
     walk_program,
 )
-from fla_compile.kernels.decay_scan_gates import channel_sums, halves, load_gates, load_row
-from fla_compile.kernels.decay_scan_sums import add_both, sums_before
+from fla_compile.kernels.decay_scan_gates import channel_sums, load_gates, load_row
+from fla_compile.kernels.decay_scan_sums import add_both, halves, sums_before
 from fla_compile.kernels.decay_segments import chunk_of
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 

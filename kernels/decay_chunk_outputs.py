@@ -15,7 +15,8 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_chunk_gates import load_masked
 from fla_compile.kernels.decay_scan import load_tile, store_tile, tile_mask
-from fla_compile.kernels.decay_scan_gates import channel_sums, exact_scores, from_middle, halves, load_gates
+from fla_compile.kernels.decay_scan_gates import channel_sums, exact_scores, from_middle, load_gates
+from fla_compile.kernels.decay_scan_sums import halves
 from fla_compile.kernels.decay_segments import chunk_of
 
 __all__ = ["chunk_outputs_kernel"]

@@ -27,7 +27,7 @@ Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan_sums import SUMS
+from fla_compile.kernels.decay_scan_sums import SUMS, halves
 from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_triton_common import (
     CONSTANT_DECAY,
@@ -357,7 +357,7 @@ def chunk_scan_kernel(
                 b_y += b_i
             else:
                 if TURNED and DECAY == ROW_DECAY and PART == PLAIN:
-                    b_l = (b_a - b_p.to(tl.float32)).to(dtype)
+                    _hi, b_l = halves(b_a, dtype)
                     b_y = product(turn(b_l, TURNED), b_w, b_y, TURNED, PRECISION)
                 b_y = product(turn(b_p, TURNED), b_w, b_y, TURNED, PRECISION)
             if PART == QUERIES:

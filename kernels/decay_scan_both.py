@@ -50,8 +50,8 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
 )
 from fla_compile.kernels.decay_scan_both_grown import chunk_grows, load_row_gates, paths_of_queries
-from fla_compile.kernels.decay_scan_gates import halves, load_gates, load_row
-from fla_compile.kernels.decay_scan_sums import add_both, sums_before
+from fla_compile.kernels.decay_scan_gates import load_gates, load_row
+from fla_compile.kernels.decay_scan_sums import add_both, halves, sums_before
 
 __all__ = ["chunk_scan_both_kernel", "step_scan_both_kernel"]
 

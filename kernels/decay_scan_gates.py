@@ -37,6 +37,7 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
     walk_program,
 )
+from fla_compile.kernels.decay_scan_sums import halves
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = [
@@ -44,7 +45,6 @@ __all__ = [
     "chunk_scan_rows_kernel",
     "exact_scores",
     "from_middle",
-    "halves",
     "largest_range",
     "load_gates",
     "load_row",
@@ -68,13 +68,6 @@ def load_gates(p_g, o_row, o_col, m_x, WIDTH: tl.constexpr):
 @triton.jit
 def load_row(p_x, o_col, WIDTH: tl.constexpr):
     return tl.load(p_x + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def halves(b_x, dtype: tl.constexpr):
-    """x as the sum of two numbers of a narrow dtype; rounded in integers, which is faster, a NaN may become zero."""
-    b_hi = b_x.to(dtype)
-    return b_hi, (b_x - b_hi.to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fla_compile.kernels.decay_segments import COLUMNS
 
-__all__ = ["SUMS", "Sums", "add_both", "row_decay_grad_kernel", "segment_of", "sums_before"]
+__all__ = ["SUMS", "Sums", "add_both", "halves", "row_decay_grad_kernel", "segment_of", "sums_before"]
 
 # Sums a row and block of columns: q . dq, k . dk" and k . dk'.
 SUMS = tl.constexpr(3)
@@ -42,6 +42,13 @@ def sums_before(b_x, axis: tl.constexpr):
     """sum_{j < t} x_j. Taken from the sum up to t, x_t would leave its rounding where a decay has cut all before it."""
     b_sum, _ = tl.associative_scan((tl.zeros_like(b_x), b_x), axis, add_before)
     return b_sum
+
+
+@triton.jit
+def halves(b_x, dtype: tl.constexpr):
+    """x as the sum of two numbers of a narrow dtype; rounded in integers, which is faster, a NaN may become zero."""
+    b_hi = b_x.to(dtype)
+    return b_hi, (b_x - b_hi.to(tl.float32)).to(dtype)
 
 
 @triton.jit
