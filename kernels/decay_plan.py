@@ -89,15 +89,17 @@ def _plan(
         )  # fmt: skip
         if rows:
             found[launch] = rows[0]
-        elif launch != "wide" or kind != "vector":
+        elif launch not in ("wide", "chunks") or kind != "vector":
             return None
     states, chunks = found.get("states"), found.get("chunks")
-    wide = found.get("wide") or found["chunks"]
-    if "wide" not in found and K <= wide.block_k:  # a row that does not fit
+    wide = found.get("wide") or chunks
+    if wide is None or ("wide" not in found and K <= wide.block_k):  # a row that does not fit
         return None
     tall = found.get("tall") or found.get("grads") or wide
-    if states is not None and chunks is not None:  # what is left at the ends of chunks is read by chunks as long
-        assert states.chunk == chunks.chunk and (tall is wide or states.chunk == tall.chunk)
+    if states is not None:  # what is left at the ends of chunks, by `states` or `wide`, is read by chunks as long
+        if (chunks or wide).chunk != states.chunk:
+            return None
+        assert tall is wide or states.chunk == tall.chunk
     # the two directions cut time alike, whatever their chunks
     chunk = _chunk(wide, tall, states)
     if segments is None:
