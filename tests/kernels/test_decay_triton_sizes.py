@@ -24,8 +24,8 @@ def test_many_values_compile(arch, kind):
         for kernel, constants in kernels_of(row, kind, 512):
             compiled = compile_kernel(kernel, constants, row, kind, "ieee")
             assert compiled.metadata.shared <= TABLE[row][0].shared, f"{row} {kernel.fn.__name__}"
-            # what seldom runs may wait for memory, and blocks of so many values spill more (sm_90: 144 bytes for 72)
-            stack = 96 if constants.get("EXACT") else most_stack(row, kernel, constants) * (1 + (row.launch == "split"))
+            # what seldom runs may wait for memory
+            stack = 96 if constants.get("EXACT") else most_stack(row, kernel, constants)
             assert stack_bytes(compiled) <= stack, f"{row} {kernel.fn.__name__}: {stack_bytes(compiled)} bytes of stack"
 
 
