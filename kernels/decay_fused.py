@@ -4,10 +4,10 @@
 
 Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Under a gate a
 key the output is one, for up to 128 keys, and dv where its chunks are as long as those of states (`decay_fused_gates`);
-all else comes from states at the chunks' ends. Where programs are
-too few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the
-sums are chained to the state before each segment, and the segments then run side by side. Packed sequences are such
-segments too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
+all else comes from states at the chunks' ends. Where programs are too few to fill the device, time is cut into
+segments: a first pass sums up what each segment adds to the state, the sums are chained to the state before each
+segment, and the segments then run side by side. Packed sequences are such segments too, of any length: operands are [1,
+T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
 
 H is the number of heads of the output; operands that neighbours share have fewer (`decay_heads`) and are read where
 they lie. Their gradients are written for all H, in the operands' dtype, and summed after.
