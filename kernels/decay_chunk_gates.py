@@ -21,6 +21,9 @@ range (GROWTH), and EXACT adds up the pairs of j < t <= i alone.
 
 `chunk_states_kernel` leaves S, or what a segment adds to it: its factors, e^{L - c_j} forward and e^{c_i} in reverse,
 are never out of range.
+
+Where the state is read BEFORE a step's update, c_i - g_i stands for c_i with q_i and dq_i, the steps' own terms are
+times the bonus u, whose gradient is the sum of (do_i . v_i) q_i k_i, and the paths to i count for t < i.
 """
 
 import triton
@@ -75,6 +78,37 @@ def path_sums(b_to, b_from, o_c, dtype: tl.constexpr):
 
 
 @triton.jit
+def sums_after(b_x, o_c, dtype: tl.constexpr):
+    """sum_{i > t} x_i, as `path_sums` has its sums."""
+    if dtype == tl.bfloat16:
+        m_after = (o_c[:, None] < o_c[None, :]).to(dtype)
+        b_xh, b_xl = halves(b_x, dtype)
+        return tl.dot(m_after, b_xl, tl.dot(m_after, b_xh))
+    else:
+        return sums_before(b_x, 0, True)
+
+
+@triton.jit
+def sums_from(b_x, BEFORE: tl.constexpr):
+    """sum_{i >= t} x_i, or, read before the update, that of i > t."""
+    if BEFORE:
+        return sums_before(b_x, 0, True)
+    else:
+        return tl.cumsum(b_x, 0, reverse=True)
+
+
+@triton.jit
+def add_own(b_dx, b_own, b_x, p_bonus, o_k, K: tl.constexpr, BEFORE: tl.constexpr):
+    """A gradient with what a step's own key and query bring: BEFORE the update nothing, but by a bonus."""
+    if not BEFORE:
+        return b_dx + b_own[:, None] * b_x
+    elif p_bonus is not None:
+        return b_dx + (b_own[:, None] * load_row(p_bonus, o_k, K)[None, :]) * b_x
+    else:
+        return b_dx
+
+
+@triton.jit
 def load_values(
     p_do, p_v, i_v, o_c, m_c,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, RV: tl.constexpr, EVEN: tl.constexpr,
@@ -105,7 +139,7 @@ def chunk_states_kernel(
     p_z, p_w, p_g, p_s0, p_st, p_gt, p_h, p_table, p_u, s_in, s_st, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
+    RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1, BEFORE: tl.constexpr = False,
 ):  # fmt: skip
     """Arguments as for `chunk_scan_rows_kernel`, with no output, and a second axis of programs for the X blocks. p_h
     gets the state before every chunk, p_st with FINAL the last one, p_gt the segment's log decay in base 2."""
@@ -131,7 +165,7 @@ def chunk_states_kernel(
         if p_h is not None:
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if REVERSE:
-            b_m = (o_c[:, None] >= o_c[None, :]).to(dtype)
+            b_m = (o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :]).to(dtype)
         else:
             b_m = (o_c[:, None] < o_c[None, :]).to(dtype)
         b_e = tl.dot(b_m, b_gl, tl.dot(b_m, b_gh, input_precision=PRECISION), input_precision=PRECISION)
@@ -148,13 +182,15 @@ def chunk_states_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_grads_kernel(
-    p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_table, scale, limit, T, L, n_s,
+    p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_table, p_bonus, p_du, scale, limit, T, L, n_s,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     RQ: tl.constexpr = 1, RK: tl.constexpr = 1, RV: tl.constexpr = 1, RG: tl.constexpr = 1,
+    BEFORE: tl.constexpr = False,
 ):  # fmt: skip
     """One program for each chunk, head and block of keys. p_h and p_d hold S and R; without p_d only dq is written.
-    Packed, n_s counts the rows of the table. R.: as in `chunk_scan_kernel`, of q, k, v and g."""
+    Packed, n_s counts the rows of the table. R.: as in `chunk_scan_kernel`, of q, k, v and g; BEFORE as in
+    `chunk_scan_rows_kernel`, with the bonus u [H, K], of whose gradient p_du [chunks, K] gets each chunk's share."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
@@ -201,7 +237,7 @@ def chunk_grads_kernel(
             b_range += GROWTH * b_grown
         s_range = tl.max(b_range, 0)
         b_e = b_c - 0.5 * b_all[None, :]
-        b_up, b_down, b_half = tl.exp2(b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
+        b_up, b_down, b_half = tl.exp2(b_e - b_g if BEFORE else b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
         b_kh, b_kl = halves(b_k * b_down, dtype)
         if p_d is not None:
             b_qh, b_ql = halves(b_q * b_up, dtype)
@@ -212,9 +248,9 @@ def chunk_grads_kernel(
     if V <= BV:
         b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
     if EXACT:
-        b_dq *= tl.exp2(b_c)
+        b_dq *= tl.exp2(sums_before(b_g, 0) if BEFORE else b_c)
         if p_dg is not None:
-            b_dg = tl.cumsum(b_q * b_dq, 0, reverse=True)
+            b_dg = sums_from(b_q * b_dq, BEFORE)
         b_dk = tl.zeros((C, BK), tl.float32)
         b_e = tl.zeros((C, BK), tl.float32)
         n_j = tl.minimum(t_e - t_0, C)
@@ -228,15 +264,18 @@ def chunk_grads_kernel(
                 b_pj *= b_q
                 b_dk += tl.where((o_c == j)[:, None], tl.sum(b_pj, 0)[None, :], 0.0)
                 if p_dg is not None:
-                    b_dg += tl.where((o_c > j)[:, None], tl.cumsum(b_pj * b_kj[None, :], 0, reverse=True), 0.0)
-            b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
+                    b_dg += tl.where((o_c > j)[:, None], sums_from(b_pj * b_kj[None, :], BEFORE), 0.0)
+            b_e += tl.where((o_c > j if BEFORE else o_c >= j)[:, None], b_gj[None, :], 0.0)
     else:
         b_ph, b_pl = halves(b_p, dtype)
         b_dq *= b_half[None, :]
         b_dq = tl.dot(b_pl, b_kh, b_dq, input_precision=PRECISION)
         b_dq = tl.dot(b_ph, b_kl, b_dq, input_precision=PRECISION)
         b_dq = tl.dot(b_ph, b_kh, b_dq, input_precision=PRECISION) * b_up
-    store_tile(p_dq + i_row * K, (b_dq + b_own[:, None] * b_k) * scale, o_c * H, o_k, m_k, K)
+    if p_bonus is not None:
+        p_bonus += i_seq % H * K
+    b_y = add_own(b_dq, b_own, b_k, p_bonus, o_k, K, BEFORE) * scale
+    store_tile(p_dq + i_row * K, b_y, o_c * H, o_k, m_k, K)
     if p_d is not None:
         if V > BV:
             if not EXACT:
@@ -267,16 +306,24 @@ def chunk_grads_kernel(
         else:
             b_dx *= b_half[None, :] * b_down
         if not EXACT:
-            b_u -= b_k * b_dk
-        b_y = (b_dk + b_dx + b_own[:, None] * b_q) * scale
+            if BEFORE:
+                b_u = -b_k * b_dk
+            else:
+                b_u -= b_k * b_dk
+        b_y = add_own(b_dk + b_dx, b_own, b_q, p_bonus, o_k, K, BEFORE) * scale
         store_tile(p_dk + i_row * K, b_y, o_c * H, o_k, m_k, K)
         if p_dg is not None:
             if EXACT:
                 b_dg += sums_before(b_k * b_dx, 0)
             else:
                 b_dg = path_sums(b_u, b_k * b_dx, o_c, dtype)
+                if BEFORE:
+                    b_dg += sums_after(b_q * b_dq, o_c, dtype)
                 s_range = tl.maximum(s_range, tl.max(tl.where(tl.abs(b_x) <= LARGEST, 0.0, float("inf")), 0))
                 b_x *= tl.exp2(b_all)
             store_tile(p_dg + i_row * K, (b_dg + b_x[None, :]) * scale, o_c * H, o_k, m_k, K)
+        if p_du is not None:
+            b_y = tl.sum(b_own[:, None] * b_q * b_k, 0) * scale
+            tl.store(p_du + (tl.program_id(0) // tl.cdiv(K, BK)).to(tl.int64) * K + o_k, b_y, mask=o_k < K)
     if not EXACT:
         tl.store(p_range + tl.program_id(0), s_range)

@@ -15,8 +15,15 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_chunk_gates import load_masked
 from fla_compile.kernels.decay_scan import load_tile, store_tile, tile_mask
-from fla_compile.kernels.decay_scan_gates import channel_sums, exact_scores, from_middle, load_gates
-from fla_compile.kernels.decay_scan_sums import halves
+from fla_compile.kernels.decay_scan_gates import (
+    channel_sums,
+    exact_scores,
+    from_middle,
+    load_gates,
+    met,
+    with_own,
+)
+from fla_compile.kernels.decay_scan_sums import halves, sums_before
 from fla_compile.kernels.decay_segments import chunk_of
 
 __all__ = ["chunk_outputs_kernel"]
@@ -24,13 +31,14 @@ __all__ = ["chunk_outputs_kernel"]
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_outputs_kernel(
-    p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_table, s_y, limit, T, L, n_s,
+    p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_table, p_own, s_y, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
+    BEFORE: tl.constexpr = False,
 ):  # fmt: skip
     """One program for each chunk, head and W block; p_h holds the states. y is written times s_y. R.: as in
-    `chunk_scan_kernel`."""
+    `chunk_scan_kernel`; p_own and BEFORE as in `chunk_scan_rows_kernel`."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
@@ -47,10 +55,7 @@ def chunk_outputs_kernel(
     p_z += i_row // RZ * X
     p_g += i_row // RG * X
     p_h += i_state * (X * W)
-    if REVERSE:
-        m_a = o_c[None, :] >= o_c[:, None]
-    else:
-        m_a = o_c[:, None] >= o_c[None, :]
+    m_a = met(o_c, REVERSE, BEFORE)
     b_y = tl.zeros((C, BW), tl.float32)
     b_a = tl.zeros((C, C), tl.float32)
     b_range = tl.zeros((BX,), tl.float32)
@@ -62,18 +67,20 @@ def chunk_outputs_kernel(
         b_g = load_gates(p_g, o_c * (H // RG), o_x, m_x, X)
         if EXACT:
             n_j = tl.minimum(t_e - t_0, C)
-            b_a += exact_scores(p_z, p_g, b_x, n_j, o_c, o_x, H // RZ, H // RG, X, C, BX, REVERSE)
-            b_e = tl.cumsum(b_g, 0)
+            b_a += exact_scores(p_z, p_g, b_x, n_j, o_c, o_x, H // RZ, H // RG, X, C, BX, REVERSE, BEFORE)
+            b_e = sums_before(b_g, 0) if BEFORE and not REVERSE else tl.cumsum(b_g, 0)
             if REVERSE:
                 b_e = tl.sum(b_g, 0)[None, :] - b_e
             b_x = (b_x * tl.exp2(b_e)).to(dtype)
         else:
             b_z = load_tile(p_z, o_c * (H // RZ), o_x, m_x, X)
             b_gh, b_gl = halves(b_g, dtype)
-            b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION)
+            b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, BEFORE and REVERSE)
             b_range = tl.maximum(b_range, channel_sums(tl.abs(b_gh), None, C, PRECISION))
             b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
             b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
+            if BEFORE:
+                b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, not REVERSE)
             b_f = b_x * tl.exp2(b_e)
             b_x, b_xl = halves(b_f, dtype)
             b_a = tl.dot(b_xl, tl.trans(b_z), b_a, input_precision=PRECISION)
@@ -82,7 +89,10 @@ def chunk_outputs_kernel(
             b_x = (b_f * b_half[None, :]).to(dtype)
         b_y = tl.dot(b_x, b_h, b_y, input_precision=PRECISION)
     b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
-    b_a, b_al = halves(tl.where(m_a, b_a, 0.0), dtype)
+    b_a = tl.where(m_a, b_a, 0.0)
+    if p_own is not None:
+        b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
+    b_a, b_al = halves(b_a, dtype)
     b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
     b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
     store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)

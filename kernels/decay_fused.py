@@ -19,7 +19,14 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_compile.kernels.decay_fused_gates import launch_grads, launch_outputs, launch_states, new_states, segments_of
+from fla_compile.kernels.decay_fused_gates import (
+    launch_grads,
+    launch_outputs,
+    launch_states,
+    new_bonus_grads,
+    new_states,
+    segments_of,
+)
 from fla_compile.kernels.decay_heads import shares, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
@@ -30,7 +37,15 @@ from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 from fla_compile.kernels.launch_record import empty, recorded
 
-__all__ = ["Scans", "pack_scans", "plan_scans", "scan_backward", "scan_forward", "scan_query_grad"]
+__all__ = [
+    "Scans",
+    "pack_scans",
+    "plan_scans",
+    "scan_backward",
+    "scan_backward_before",
+    "scan_forward",
+    "scan_query_grad",
+]
 
 ROW_GRAD_OPTIONS = {"num_warps": 4}
 # Of `grown_row_decay_grad_kernel`, which seldom has work: what counts is that it is right.
@@ -170,10 +185,11 @@ def _launch_row_grads(
 @recorded
 @compiled_together
 def scan_forward(
-    plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, *,
-    packing: Packing | None = None,
+    plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float,
+    own: Tensor | None = None, *, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs [B, T, H, V] and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands contiguous."""
+    """Outputs [B, T, H, V] and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands contiguous. `own`
+    [B, T, H] are the rows' scores with themselves for plans that read the state before the update."""
     o = empty(plan.B, plan.T, plan.H, plan.V, dtype=v.dtype, device=v.device)
     states = plan.B if packing is None else packing.sequences
     ht = empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=q.device)
@@ -186,7 +202,7 @@ def scan_forward(
     scales = 1.0, scale, 1.0
     if plan.kind == "vector":
         assert g is not None
-        where: dict[str, Any] = dict(packed=packed, packing=packing)
+        where: dict[str, Any] = dict(packed=packed, packing=packing, own=own)
         launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, st=final, **where)
     else:
         _launch(plan, q, k, v, g, o, tall=False, reverse=False, s0=h0, scales=scales, st=final, packed=packed)
@@ -220,20 +236,35 @@ def scan_backward(
 
     The reverse passes carry the state's gradient divided by the scale, which they multiply their results with.
     """
-    dq, dk, dv, dg, dh0 = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, packing=packing)
+    grads = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, need_dg, o, None, None, packing=packing)
+    dq, dk, dv, dg, _, dh0 = grads
     dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
     if g is not None and dg is not None:
         dg = sum_decay_heads(dg.sum((0, 1)) if plan.kind == "constant" else dg, g)
     return dq, dk, dv, dg, dh0
 
 
+def scan_backward_before(
+    plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bonus: Tensor | None, own: Tensor | None,
+    h0: Tensor | None, scale: float, do: Tensor, dht: Tensor | None, *, packing: Packing | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients (dq, dk, dv, dg, du, dh0) where the state is read before the update, in so far as `scan_backward`; du
+    of the bonus [H, K]. No heads are shared."""
+    grads = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, True, None, bonus, own, packing=packing)
+    dq, dk, dv, dg, du, dh0 = grads
+    assert dg is not None
+    return dq, dk, dv, dg, None if du is None else du.sum((0, 2)), dh0
+
+
 @recorded
 @compiled_together
 def _launch_backward(
     plan: Scans, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, h0: Tensor | None, scale: float, do: Tensor,
-    dht: Tensor | None, need_dg: bool, o: Tensor | None, *, packing: Packing | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """As `scan_backward`, but all have H heads, and dg of one decay a head has its steps still, [B, T, H]."""
+    dht: Tensor | None, need_dg: bool, o: Tensor | None, bonus: Tensor | None, own: Tensor | None, *,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """As `scan_backward`, but all have H heads, and dg of one decay a head has its steps still, [B, T, H]; before dh0
+    stands what the gradient of the bonus is the sum of."""
     B, T, H, K = plan.B, plan.T, plan.H, plan.K
     dq, dk, dv = (empty(B, T, H, size, dtype=q.dtype, device=q.device) for size in (K, K, plan.V))
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
@@ -257,10 +288,11 @@ def _launch_backward(
             scales = 1.0, scale, 1.0
             launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, h=h, packed=ahead, packing=packing)
         scales = down, scale, scale
-        where: dict[str, Any] = dict(st=final, h=d, packed=back, packing=packing)
+        where: dict[str, Any] = dict(st=final, h=d, packed=back, packing=packing, own=own)
         launch_outputs(plan, k, q, do, g, dv, reverse=True, s0=dht, scales=scales, **where)
-        launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing)
-        return dq, dk, dv, dg, dh0
+        du = None if bonus is None else new_bonus_grads(plan, q, packing)
+        launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing, bonus=bonus, du=du)
+        return dq, dk, dv, dg, du, dh0
 
     dg = sums = None
     parts = (PLAIN.value, PLAIN.value)
@@ -278,4 +310,4 @@ def _launch_backward(
     if sums is not None and dg is not None:
         _launch_row_grads(plan, q, k, v, do, g, sums, dg, scale, packing, ahead)
     _launch(plan, k, q, do, g, dv, tall=False, reverse=True, s0=dht, scales=(down, scale, scale), st=final, packed=back)
-    return dq, dk, dv, dg, dh0
+    return dq, dk, dv, dg, None, dh0

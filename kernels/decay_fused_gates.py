@@ -15,7 +15,7 @@ from fla_compile.kernels.decay_segments import Packing, Part, ceil_div
 from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.launch_record import empty
 
-__all__ = ["launch_grads", "launch_outputs", "launch_states", "new_states", "segments_of"]
+__all__ = ["launch_grads", "launch_outputs", "launch_states", "new_bonus_grads", "new_states", "segments_of"]
 
 # The second launch, for decays out of range, works on few programs, if any: what counts is that it is right.
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
@@ -35,19 +35,19 @@ def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Ten
 def launch_outputs(
     plan: Scans, x: Tensor, z: Tensor, w: Tensor, g: Tensor, y: Tensor, *, reverse: bool, s0: Tensor | None,
     scales: tuple[float, float, float], st: Tensor | None = None, h: Tensor | None = None, packed: Part | None = None,
-    packing: Packing | None = None,
+    packing: Packing | None = None, own: Tensor | None = None,
 ) -> None:  # fmt: skip
     """o, or in reverse dv; to h, if given, the states at the ends of chunks, from which it is made where a pass has not
-    the same chunks."""
+    the same chunks; `own` are the rows' scores with themselves where the state is read before the update."""
     if not plan.held or (h is not None and plan.wide.chunk != plan.tall.chunk):
         h = new_states(plan, z, packing) if h is None else h
         s_in, s_y, s_st = scales
         launch_states(plan, z, w, g, reverse=reverse, s0=s0, st=st, h=h, scales=(s_in, s_st), packed=packed)
-        _launch_chunks(plan, x, z, w, g, h, y, s_y, reverse=reverse, packing=packing)
+        _launch_chunks(plan, x, z, w, g, h, y, s_y, reverse=reverse, packing=packing, own=own)
         return
     config = plan.wide
     programs = segments_of(plan, packed) * plan.H * ceil_div(plan.V, config.block_v)
-    operands = x, z, w, g, s0, y, st, h, _ranges(plan, programs, z), *_parts(packed)
+    operands = x, z, w, g, s0, y, st, h, _ranges(plan, programs, z), *_parts(packed), own
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (*scales, plan.limit)
@@ -74,14 +74,14 @@ def launch_states(
 
 def _launch_chunks(
     plan: Scans, x: Tensor, z: Tensor, w: Tensor, g: Tensor, h: Tensor, y: Tensor, scale: float, *, reverse: bool,
-    packing: Packing | None,
+    packing: Packing | None, own: Tensor | None,
 ) -> None:  # fmt: skip
     """o, or in reverse dv, of each chunk from the states before or after it."""
     config = plan.chunks
     assert config is not None
     table, segments, chunks = _chunks(plan, packing)
     programs = chunks * plan.H * ceil_div(plan.V, config.block_v)
-    operands = x, z, w, g, h, y, _ranges(plan, programs, z), table
+    operands = x, z, w, g, h, y, _ranges(plan, programs, z), table, own
     flags = reverse, table is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (scale, plan.limit)
@@ -91,16 +91,28 @@ def _launch_chunks(
 def launch_grads(
     plan: Scans, q: Tensor | None, k: Tensor, v: Tensor, do: Tensor, g: Tensor, h: Tensor, d: Tensor | None,
     dq: Tensor, dk: Tensor | None, dg: Tensor | None, scale: float, *, packing: Packing | None = None,
+    bonus: Tensor | None = None, du: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """dq, and with d, the gradients of states, dk and dg if given."""
+    """dq, and with d, the gradients of states, dk and dg if given; with du, `new_bonus_grads`, the shares of chunks."""
     config = plan.tall
     table, segments, chunks = _chunks(plan, packing)
     programs = chunks * plan.H * ceil_div(plan.K, config.block_v)
-    operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), table
+    operands = q, k, v, do, g, h, d, dq, dk, dg, _ranges(plan, programs, k), table, bonus, du
     flags = (table is None and plan.T % config.chunk == 0,)
     tile = config.chunk, config.block_v, config.block_k
     ways, numbers = (tile, flags, shares(plan.H, q, k, v, g)), (scale, plan.limit)
     _launch(chunk_grads_kernel, plan, config, (programs,), operands, numbers, segments, *ways, exact=True)
+
+
+def new_bonus_grads(plan: Scans, like: Tensor, packing: Packing | None) -> Tensor:
+    """The share of each chunk in the bonus's gradient: [segments, H, chunks, K], or packed [chunks, H, 1, K]."""
+    wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
+    if packing is not None:
+        return empty(packing.chunks, plan.H, 1, plan.K, **wide)
+    # a last segment may have fewer
+    chunks = ceil_div(plan.length, plan.tall.chunk)
+    whole = plan.T == plan.segments * chunks * plan.tall.chunk
+    return empty(plan.B * plan.segments, plan.H, chunks, plan.K, **wide, zeros=not whole)
 
 
 def _chunks(plan: Scans, packing: Packing | None) -> tuple[Tensor | None, int, int]:
@@ -132,7 +144,7 @@ def _launch(
         if launch is None:
             # only the tiles of the table are known to compile to what they mean: smaller sizes are masked
             sizes = plan.T, plan.length, segments, plan.H, plan.K, plan.V, *tile
-            rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads)
+            rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads, plan.before)
             options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
             device = next(x.device for x in operands if x is not None)
             launch = Launch(kernel, device, grid, (*sizes, *rest), **options)

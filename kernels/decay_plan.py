@@ -44,6 +44,7 @@ class Scans:
     limit: float
     states: Config | None = None
     chunks: Config | None = None
+    before: bool = False  # the state is read before a step's update, as RWKV-6 does
 
     @property
     def held(self) -> bool:
@@ -63,22 +64,24 @@ class Scans:
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
                segments: int | None = None, wide: Config | None = None, tall: Config | None = None,
-               forward: bool = False, need_dg: bool = False) -> Scans | None:  # fmt: skip
+               forward: bool = False, need_dg: bool = False, before: bool = False) -> Scans | None:  # fmt: skip
     """None where there is no configuration for these operands; `heads` of the output, those of q if None.
 
-    `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient.
+    `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient;
+    `before`, a gate a key whose state is read before the update.
     """
     grads = need_dg and kind in ("constant", "scalar")
     launches = ["wide", *["states", "chunks"] * (kind == "vector"), *["grads" if grads else "tall"] * (not forward)]
     B, T, H, K = q.shape
     sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall)
-    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, given, tuple(launches))
+    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, given, tuple(launches), before)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
     limit: float | None, segments: int | None, given: tuple[Config | None, Config | None], launches: tuple[str, ...],
+    before: bool,
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
     found: dict[str, Config] = {}
@@ -108,7 +111,7 @@ def _plan(
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks)
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks, before)
 
 
 def _chunk(wide: Config, tall: Config, states: Config | None) -> int:

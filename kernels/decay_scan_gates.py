@@ -20,6 +20,9 @@ sums over rows wait for every warp, products do not. The factors must be in rang
 below a limit. The pass writes the largest such sum it met, and where that is above the limit a second launch of the
 same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time; elsewhere it returns
 at once. So ordinary decays run at the speed of matrix products, and any decay is right.
+
+RWKV-6 reads the state before a step's own update (BEFORE): the query of row i, x forward and z in reverse, then has
+c_i - g_i in the place of c_i, rows meet earlier ones alone, and themselves with a score that is given, of the bonus.
 """
 
 import torch
@@ -37,7 +40,7 @@ from fla_compile.kernels.decay_scan import (
     tile_mask,
     walk_program,
 )
-from fla_compile.kernels.decay_scan_sums import halves
+from fla_compile.kernels.decay_scan_sums import halves, sums_before
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = [
@@ -48,6 +51,8 @@ __all__ = [
     "largest_range",
     "load_gates",
     "load_row",
+    "met",
+    "with_own",
 ]
 
 # The fewest columns of a product.
@@ -71,9 +76,9 @@ def load_row(p_x, o_col, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def from_middle(b_h, b_l, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
-    """e, or -e in reverse, of gates in two parts."""
-    b_m = tl.where(o_c[:, None] >= o_c[None, :], 0.5, -0.5)
+def from_middle(b_h, b_l, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BEFORE: tl.constexpr = False):
+    """e, or -e in reverse, of gates in two parts; BEFORE: without a row's own gate."""
+    b_m = tl.where(o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :], 0.5, -0.5)
     if REVERSE:
         b_m = -b_m
     b_m = b_m.to(b_h.dtype)
@@ -93,10 +98,10 @@ def channel_sums(b_h, b_l, C: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def exact_scores(
     p_z, p_g, b_x, n_j, o_c, o_x, HZ: tl.constexpr, HG: tl.constexpr, X: tl.constexpr,
-    C: tl.constexpr, BX: tl.constexpr, REVERSE: tl.constexpr,
+    C: tl.constexpr, BX: tl.constexpr, REVERSE: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """x_i . exp(c_i - c_j) z_j of the n_j rows of a chunk, each by itself; z and g have HZ and HG heads. What is not
-    to be kept of it is masked after."""
+    to be kept of it is masked after. BEFORE: without the query's own gate."""
     b_a = tl.zeros((C, C), tl.float32)
     b_e = tl.zeros((C, BX), tl.float32)
     for i_j in range(n_j):
@@ -105,24 +110,47 @@ def exact_scores(
             j = n_j - 1 - i_j
         b_gj = as_decay(load_row(p_g + j * HG * X, o_x, X)) * LOG2_E
         b_zj = load_row(p_z + j * HZ * X, o_x, X)
-        if REVERSE:
+        if REVERSE and not BEFORE:
             b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
         b_aj = tl.sum(tl.exp2(b_e) * b_zj[None, :] * b_x, 1)
         b_a = tl.where((o_c == j)[None, :], b_aj[:, None], b_a)
-        if not REVERSE:
+        if REVERSE:
+            if BEFORE:
+                b_e += tl.where((o_c < j)[:, None], b_gj[None, :], 0.0)
+        elif BEFORE:
+            b_e += tl.where((o_c > j)[:, None], b_gj[None, :], 0.0)
+        else:
             b_e += tl.where((o_c >= j)[:, None], b_gj[None, :], 0.0)
     return b_a
 
 
+@triton.jit
+def met(o_c, REVERSE: tl.constexpr, BEFORE: tl.constexpr):
+    """Which scores [x's row, z's row] there are."""
+    if REVERSE:
+        return o_c[None, :] > o_c[:, None] if BEFORE else o_c[None, :] >= o_c[:, None]
+    else:
+        return o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :]
+
+
+@triton.jit
+def with_own(b_a, p_own, o_c, m_c, H: tl.constexpr):
+    """Scores in which each row meets itself with what p_own, that of the first row, holds for it."""
+    b_own = tl.load(p_own + o_c * H, mask=m_c, other=0.0)
+    return tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], b_a)
+
+
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_rows_kernel(
-    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_h, p_range, p_table, p_u, s_in, s_y, s_st, limit, T, L, n_s,
+    p_x, p_z, p_w, p_g, p_s0, p_y, p_st, p_h, p_range, p_table, p_u, p_own, s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
+    BEFORE: tl.constexpr = False,
 ):  # fmt: skip
-    """BX covers X. Arguments as for `chunk_scan_kernel`; p_h, if given, gets the state before every chunk."""
+    """BX covers X. Arguments as for `chunk_scan_kernel`; p_h, if given, gets the state before every chunk. BEFORE a
+    step's update it is read, with p_own, if given, [B, T, H] the rows' scores with themselves."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
@@ -140,10 +168,7 @@ def chunk_scan_rows_kernel(
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
-        if REVERSE:
-            m_a = o_t[None, :] >= o_t[:, None]
-        else:
-            m_a = o_t[:, None] >= o_t[None, :]
+        m_a = met(o_t, REVERSE, BEFORE)
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         if p_h is not None:
@@ -152,37 +177,47 @@ def chunk_scan_rows_kernel(
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             n_j = tl.minimum(t_e - t_0, C)
             b_a = exact_scores(
-                p_z + i_row // RZ * X, p_g + i_row // RG * X, b_x, n_j, o_c, o_x, H // RZ, H // RG, X, C, BX, REVERSE
-            )
+                p_z + i_row // RZ * X, p_g + i_row // RG * X, b_x, n_j, o_c, o_x, H // RZ, H // RG, X, C, BX, REVERSE,
+                BEFORE,
+            )  # fmt: skip
             b_a = tl.where(m_a, b_a, 0.0)
         b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
         b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
         b_g = load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X)
         if EXACT:
+            if p_own is not None:
+                b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
             b_e = tl.cumsum(b_g, 0)
             b_all = tl.sum(b_g, 0)
             # e to the end of the chunk in forward direction: from row j on, or up to row j
             if REVERSE:
-                b_z = (b_z * tl.exp2(b_e)).to(dtype)
+                b_z = (b_z * tl.exp2(sums_before(b_g, 0) if BEFORE else b_e)).to(dtype)
                 b_e = b_all[None, :] - b_e
             else:
                 b_z = (b_z * tl.exp2(b_all[None, :] - b_e)).to(dtype)
+                if BEFORE:
+                    b_e = sums_before(b_g, 0)
             b_y = tl.dot((b_x * tl.exp2(b_e)).to(dtype), b_s.to(dtype), input_precision=PRECISION)
             b_s *= tl.exp2(b_all)[:, None]
             b_y = tl.dot(b_a.to(dtype), b_w, b_y, input_precision=PRECISION)
         else:
             b_gh, b_gl = halves(b_g, dtype)
-            b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION)
+            b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, BEFORE and REVERSE)
             b_range = tl.maximum(b_range, channel_sums(tl.abs(b_gh), None, C, PRECISION))
             b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
             b_s *= b_half[:, None]
             b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
+            if BEFORE:
+                b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, not REVERSE)
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
             b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
             b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
             b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
-            b_a, b_al = halves(tl.where(m_a, b_a, 0.0), dtype)
+            b_a = tl.where(m_a, b_a, 0.0)
+            if p_own is not None:
+                b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
+            b_a, b_al = halves(b_a, dtype)
             b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION)
             b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
             b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)

@@ -38,9 +38,10 @@ def add_before(a_0, a_1, b_0, b_1):
 
 
 @triton.jit
-def sums_before(b_x, axis: tl.constexpr):
-    """sum_{j < t} x_j. Taken from the sum up to t, x_t would leave its rounding where a decay has cut all before it."""
-    b_sum, _ = tl.associative_scan((tl.zeros_like(b_x), b_x), axis, add_before)
+def sums_before(b_x, axis: tl.constexpr, REVERSE: tl.constexpr = False):
+    """sum_{j < t} x_j, or in reverse that of j > t. Taken from the sum up to t, x_t would leave its rounding where a
+    decay has cut all before it."""
+    b_sum, _ = tl.associative_scan((tl.zeros_like(b_x), b_x), axis, add_before, reverse=REVERSE)
     return b_sum
 
 

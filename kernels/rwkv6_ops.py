@@ -4,12 +4,14 @@
 
 q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K]; u [H, K] or None (no bonus); the state [B, H, K, V].
 
-What is read before step t is the state after step t - 1: gated linear attention with k, v and g delayed by one step,
-the first step decaying nothing and adding nothing, and one step more, which reads nothing and ends in S_T. The bonus is
-a product of rows, o_t += scale * (sum_k q_tk u_k k_tk) v_t.
+On CUDA operands of two bytes run in `rwkv6_triton`, packed sequences too. All else is gated linear attention with k, v
+and g delayed by one step, since what is read before step t is the state after step t - 1: the first step decays nothing
+and adds nothing, and one step more reads nothing and ends in S_T. The bonus is a product of rows there, o_t += scale *
+(sum_k q_tk u_k k_tk) v_t.
 Source: Peng et al. 2024, arXiv:2404.05892, section 4.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from fla_compile.kernels.decay_checks import (
     check_gate,
     check_operands,
     chunks_for,
+    kernel_name,
     state_dtype,
     steps_for,
 )
@@ -37,6 +40,10 @@ def rwkv6_op(
     steps = steps_for(q, v)
     if steps is not None:
         return steps.step_forward(q, k, v, g, initial_state, scale, u=u, before=True)
+    kernels = _kernels(q, v)
+    found = None if kernels is None else kernels.forward(q, k, v, g, u, initial_state, scale)
+    if found is not None:
+        return found
     chunks = chunks_for(q, v)
     y, final = chunks.chunk_forward(*_delayed(q, k, v, g), initial_state, scale)
     y = y[:, :-1]
@@ -67,6 +74,15 @@ def rwkv6_backward(
     do: Tensor,
     dht: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels = _kernels(q, v)
+    found = None if kernels is None else kernels.backward(q, k, v, g, u, initial_state, scale, do, dht)
+    if found is not None:
+        dq, dk, dv, dg, *rest = found
+        du, dh0 = (
+            q.new_empty(0) if x is None or of is None else x.to(of.dtype)
+            for x, of in zip(rest, (u, initial_state), strict=True)
+        )
+        return dq, dk, dv, dg.to(g.dtype), du, dh0
     chunks = chunks_for(q, v)
     delayed = _delayed(q, k, v, g)
     dy = pad(do.to(delayed[0].dtype), _LAST)
@@ -104,6 +120,30 @@ def _backward_fake(
     return dq, dk, dv, dg, du, dh0
 
 
+def _kernels(q: Tensor, v: Tensor) -> ModuleType | None:
+    if kernel_name("rwkv6", q.device.type, q.dtype, q.shape[-1], v.shape[-1]) != "chunk (Triton)":
+        return None
+    from fla_compile.kernels import rwkv6_triton  # triton may be absent
+
+    return rwkv6_triton
+
+
+def _forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, initial_state: Tensor | None, scale: float,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    kernels = _kernels(q, v)
+    return None if kernels is None else kernels.forward(q, k, v, g, u, initial_state, scale, cu_seqlens)
+
+
+def _backward_packed(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, u: Tensor | None, initial_state: Tensor | None, scale: float,
+    cu_seqlens: Tensor, do: Tensor | None, dht: Tensor | None, wanted: list[bool],
+) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    kernels = _kernels(q, v)
+    return None if kernels is None else kernels.backward(q, k, v, g, u, initial_state, scale, do, dht, cu_seqlens)
+
+
 # One more step in front, or at the end, of [B, T, H, K].
 _FIRST, _LAST = (0, 0, 0, 0, 1, 0), (0, 0, 0, 0, 0, 1)
 
@@ -135,7 +175,14 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
 
 
 register_autograd(rwkv6_op, _backward, setup_context=_setup_context)
-rwkv6_packed = register_packed(rwkv6_op, _setup_context, _backward, shared=("u",))
+rwkv6_packed = register_packed(
+    rwkv6_op,
+    _setup_context,
+    _backward,
+    shared=("u",),
+    forward_packed=_forward_packed,
+    backward_packed=_backward_packed,
+)
 
 
 def rwkv6(

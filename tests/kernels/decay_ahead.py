@@ -23,10 +23,10 @@ from fla_compile.kernels.decay_configs import TABLE
 
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
-WIDE |= {"p_u", "p_sums", "p_carry"}
+WIDE |= {"p_u", "p_sums", "p_carry", "p_bonus", "p_own", "p_du"}
 NO_SUMS = "p_e", "p_h", "p_sums", "p_carry"
-# Of the heads, how many share an operand.
-UNSHARED = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1)
+# Of the heads, how many share an operand; and that the state is read after the update.
+ORDINARY = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1) | {"BEFORE": False}
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch, where it sets aside up to twelve.
@@ -92,18 +92,23 @@ def sums_of(row, kind):
             yield decay_scan_grown.grown_row_decay_grad_kernel, meta
 
 
-def gates_of(row, values=None, packed=False):
-    """What a row of a gate a key launches; the output under a decay over values is what `tall` has without p_d."""
+def gates_of(row, values=None, packed=False, bonus=False):
+    """What a row of a gate a key launches; the output under a decay over values is what `tall` has without p_d. With a
+    bonus: as RWKV-6 does."""
     config, gates = TABLE[row][0], decay_chunk_gates
-    table = {} if packed else dict(p_table=None)
+    table = (
+        dict(BEFORE=bonus) | ({} if bonus else dict(p_bonus=None, p_own=None)) | ({} if packed else dict(p_table=None))
+    )
     joints = {} if packed else dict(p_u=None)
     if row.launch == "tall":
         tile = dict(H=4, K=row.size, V=values or row.size, C=config.chunk, BK=config.block_v, BV=config.block_k)
         tile |= dict(EVEN=not packed) | table
+        tile |= dict(p_du=None) if not bonus else {}
         alone = dict.fromkeys(("p_q", "p_d", "p_dk", "p_dg"))
         for exact in (False, True):
             yield gates.chunk_grads_kernel, dict(tile, EXACT=exact)
-            yield gates.chunk_grads_kernel, dict(tile, EXACT=exact, **alone)
+            if not bonus:
+                yield gates.chunk_grads_kernel, dict(tile, EXACT=exact, **alone)
         return
     tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=config.block_k, BW=config.block_v, **table)
     for reverse in (False, True):
@@ -147,7 +152,7 @@ def compile_kernel(kernel, constants, row, kind, precision):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config, constants = TABLE[row][0], UNSHARED | dict(constants, PRECISION=precision)
+    config, constants = TABLE[row][0], ORDINARY | dict(constants, PRECISION=precision)
     wide = set(WIDE)
     if kind == "vector" and kernel is decay_triton_grads.chunk_query_key_grad_kernel:
         wide |= {"p_dq", "p_dk"}
