@@ -90,5 +90,6 @@ __all__ = [
 ]
 
 if torch.backends.cuda.is_built() and find_spec("triton"):
-    # Half a second of the first call on a GPU. None is looked for here: that would spoil a later fork.
+    # Most of a first call that finds its kernels on disk. No GPU is looked for here: that would spoil a later fork.
     import_module("fla_compile.kernels.decay_triton")
+    import_module("fla_compile.kernels.library_hash").begin_hash()

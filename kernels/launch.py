@@ -24,6 +24,8 @@ from triton import knobs
 from triton.compiler import CompiledKernel, compiler
 from triton.runtime import _async_compile
 
+from fla_compile.kernels.library_hash import wait_for_hash
+
 __all__ = ["MOST_PLANS", "Launch", "Launches", "Made", "compiled_together", "layout", "remember", "this_thread"]
 
 # Plans of a launcher: a server has a few shapes a batch size.
@@ -76,11 +78,13 @@ class Launch:
             if self.run is not None:
                 self.run(*first, *self.numbers)
                 return
+            wait_for_hash()
             compiled = self.kernel[self.grid](*first, *self.numbers, **self.options)
             if compiled is not None:
                 self.run = _direct(compiled, self.grid, self.device)
 
     def compile(self, *first: Tensor | float | None) -> None:
+        wait_for_hash()
         with torch.cuda.device(self.device):
             self.kernel.warmup(*first, *self.numbers, grid=self.grid, **self.options)
 

@@ -96,6 +96,8 @@ torch.backends.cuda.is_built = lambda: True
 import fla_compile.ops
 assert "fla_compile.kernels.decay_triton" in sys.modules
 assert "torch._dynamo" not in sys.modules and not torch.cuda.is_initialized()
+from fla_compile.kernels import library_hash
+assert library_hash._thread is not None
 """
 
 
