@@ -4,9 +4,9 @@ Of H states [B, H, K, V], k, v and the decay have H heads or a divisor of H, and
 of H, whose queries then read the same state; the output has as many heads as q, but at least H. H is that of the
 initial state, and without one the most heads of k, v and the decay.
 
-Chunk kernels work for each head of the output. Operands with fewer heads they read where these lie, or have them spread
-out; their gradients come for each head of the output and are summed, in float32. States are theirs for each head of the
-output, of which the first of those alike is handed on.
+Chunk kernels work for each head of the output. Operands with fewer heads they read where these lie; their gradients
+come for each head of the output and are summed, in float32. States are theirs for each head of the output, of which the
+first of those alike is handed on.
 """
 
 from torch import Tensor
@@ -55,10 +55,6 @@ def check_heads(
 def spread(x: Tensor, axis: int, heads: int) -> Tensor:
     """Every head of x for the neighbouring heads that share it."""
     return x if x.shape[axis] == heads else x.repeat_interleave(heads // x.shape[axis], axis)
-
-
-def spread_decay(g: Tensor | None, heads: int) -> Tensor | None:
-    return None if g is None else spread(g, 0 if g.ndim == 1 else 2, heads)
 
 
 def sum_heads(dx: Tensor, axis: int, heads: int) -> Tensor:

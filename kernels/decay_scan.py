@@ -328,7 +328,7 @@ def chunk_scan_kernel(
             b_up = tl.exp2(b_r * s_g)
             b_down = tl.exp2((n_r - b_r) * s_g)
         elif DECAY == ROW_DECAY:
-            b_g, _, s_g, _ = row_decay(p_g, i_row // RG, i_h // RG, o_c, m_c, H // RG, DECAY, False)
+            b_g, _, s_g, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, DECAY, False)
             b_total += s_g
             b_g, s_g = b_g * LOG2_E, s_g * LOG2_E
             b_all = tl.exp2(s_g)

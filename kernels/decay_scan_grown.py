@@ -71,7 +71,7 @@ def grown_row_decay_grad_kernel(
                     b_do = load_rows(p_do + i_row * V, o_c * H, o_v, m_c, V)
                     b_vt = load_columns(p_v + i_row // RV * V, o_c * (H // RV), o_v, m_c, V)
                     b_p = tl.dot(b_do, b_vt, b_p, input_precision=PRECISION)
-                b_hi, b_lo, _, _ = row_decay(p_g, i_row // RG, i_h, o_c, m_c, H // RG, ROW_DECAY, True)
+                b_hi, b_lo, _, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, ROW_DECAY, True)
                 b_to *= tl.exp(b_hi + b_lo)
                 b_dg = scale * (tl.cumsum(b_to, 0, reverse=True) + pairs_across(b_a * b_p, b_hi, b_lo, o_c))
                 b_from = tl.zeros((C,), tl.float32)

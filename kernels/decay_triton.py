@@ -24,7 +24,7 @@ import triton.language as tl
 from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_forward
-from fla_compile.kernels.decay_heads import output_heads, spread, spread_decay
+from fla_compile.kernels.decay_heads import output_heads, shares
 from fla_compile.kernels.decay_triton_bwd import chunk_backward
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
@@ -52,6 +52,7 @@ def chunk_output_kernel(
     p_q, p_k, p_v, p_g, p_a, p_h, p_o, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    RQ: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, RG: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, h, chunk, V block); p_h [B*H, chunks, K, V] holds the state before each chunk."""
     NK: tl.constexpr = tl.cdiv(K, BK)
@@ -65,23 +66,23 @@ def chunk_output_kernel(
     b_a = tl.zeros((C, C), tl.float32)
     for i_k in range(NK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_q = load_rows(p_q + i_row * K, o_c * H, o_k, m_c, K)
+        b_q = load_rows(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_c, K)
         b_s = load_rows(p_h, o_k, o_v, o_k < K, V)
         if DECAY == KEY_DECAY:
-            b_g = as_decay(load_rows(p_g + i_row * K, o_c * H, o_k, m_c, K))
+            b_g = as_decay(load_rows(p_g + i_row // RG * K, o_c * (H // RG), o_k, m_c, K))
             b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_s.dtype)
         else:
-            b_kt = load_columns(p_k + i_row * K, o_c * H, o_k, m_c, K)
+            b_kt = load_columns(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_c, K)
             b_a = tl.dot(b_q, b_kt, b_a, input_precision=PRECISION)
         b_o = tl.dot(b_q, b_s, b_o, input_precision=PRECISION)
 
-    b_v = load_rows(p_v + i_row * V, o_c * H, o_v, m_c, V)
+    b_v = load_rows(p_v + i_row // RV * V, o_c * (H // RV), o_v, m_c, V)
     if DECAY == KEY_DECAY:
         b_w = load_rows(p_a + i_row * C, o_c * H, o_c, m_c, C)
     else:
         m_a = o_c[:, None] >= o_c[None, :]
         if DECAY != NO_DECAY:
-            b_hi, b_lo, _, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_v.dtype == tl.float32)
+            b_hi, b_lo, _, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, DECAY, b_v.dtype == tl.float32)
             b_d = (b_hi[:, None] - b_hi[None, :]) + (b_lo[:, None] - b_lo[None, :])
             b_a *= tl.exp(tl.where(m_a, b_d, 0.0))
             b_o *= tl.exp(b_hi + b_lo)[:, None]
@@ -104,7 +105,7 @@ def chunk_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs [B, T, H, V] in q's dtype and the final state [B, H, K, V] in float32, H heads as the output has.
 
-    Operands that heads share (`decay_heads`) the fused launch reads where they lie; for the split one they are spread.
+    Operands that heads share (`decay_heads`) are read where they lie.
     `config` asks for the split launch and `scans` for the fused one, in place of the tables' choice. Raises ValueError
     for dtypes, sizes or shapes that do not fit.
     """
@@ -122,8 +123,8 @@ def chunk_forward(
             scans = plan_scans(q, v, kind, heads=H, forward=True)
         if scans is not None:
             return scan_forward(scans, q, k, v, g, h0, scale)
-        q, k, v, g = *(spread(x, 2, H) for x in (q, k, v)), spread_decay(g, H)
-        return _launch_all(plan_launch(q, v, kind, config, forward=True), q, k, v, g, h0, scale)
+        plan = plan_launch(q, v, kind, config, shared=shares(H, q, k, v, g), forward=True)
+        return _launch_all(plan, q, k, v, g, h0, scale)
 
 
 @compiled_together
@@ -153,7 +154,7 @@ def launch_outputs(
     scale: float,
 ) -> torch.Tensor:
     """Outputs [B, T, H, V] of the split launch, from its scores and states."""
-    o = torch.empty_like(v)
+    o = torch.empty(plan.B, plan.T, plan.H, plan.V, dtype=v.dtype, device=v.device)
     programs = plan.B * plan.H * plan.chunks * plan.value_blocks
     launch_split(plan, chunk_output_kernel, programs, q, k, v, g, a, h, o, float(scale))
     return o

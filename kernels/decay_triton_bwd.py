@@ -17,7 +17,7 @@ import triton.language as tl
 from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward
-from fla_compile.kernels.decay_heads import output_heads, spread, spread_decay, sum_decay_heads, sum_heads
+from fla_compile.kernels.decay_heads import output_heads, shares, sum_decay_heads, sum_heads
 from fla_compile.kernels.decay_segments import chain_segments
 from fla_compile.kernels.decay_triton_common import (
     KEY_DECAY,
@@ -51,7 +51,7 @@ def chunk_state_grad_kernel(
     p_q, p_do, p_g, p_dht, p_dh, p_dh0, p_gt, scale, T, H, L, n_s,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, HAS_DHT: tl.constexpr, STORE_DH: tl.constexpr, STORE_DH0: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, RQ: tl.constexpr, RG: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, segment, h, K block, V block) walks back, from a D of p_dht [B, segments, H, K, V] to one of
     p_dh0; p_dh [B*H, chunks, K, V] gets the D after each chunk, or p_gt, without STORE_DH, the segment's log decay."""
@@ -75,16 +75,16 @@ def chunk_state_grad_kernel(
         t_0 = i_e * C
         i_row = (i_b * T + t_0) * H + i_h
         m_c = t_0 + o_c < T
-        b_qt = load_columns(p_q + i_row * K, o_c * H, o_k, m_c, K)
+        b_qt = load_columns(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_c, K)
         b_do = load_rows(p_do + i_row * V, o_c * H, o_v, m_c, V)
         if DECAY == KEY_DECAY:
-            b_gt = as_decay(load_columns(p_g + i_row * K, o_c * H, o_k, m_c, K))
+            b_gt = as_decay(load_columns(p_g + i_row // RG * K, o_c * (H // RG), o_k, m_c, K))
             b_qt = (b_qt * tl.exp(tl.cumsum(b_gt, 1))).to(b_do.dtype)
             b_all = tl.sum(b_gt, 1)
             b_total += b_all
             b_d *= tl.exp(b_all)[:, None]
         elif DECAY != NO_DECAY:
-            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_do.dtype == tl.float32)
+            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, DECAY, b_do.dtype == tl.float32)
             b_do = (b_do * tl.exp(b_hi + b_lo)[:, None]).to(b_do.dtype)
             b_total += s_hi + s_lo
             b_d *= tl.exp(s_hi + s_lo)
@@ -104,7 +104,7 @@ def chunk_state_grad_kernel(
 def chunk_value_grad_kernel(
     p_q, p_k, p_g, p_a, p_do, p_dh, p_dv, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr,
 ):  # fmt: skip
     """dv, one program per (b, h, chunk, V block)."""
     NK: tl.constexpr = tl.cdiv(K, BK)
@@ -118,14 +118,14 @@ def chunk_value_grad_kernel(
     b_at = tl.zeros((C, C), tl.float32)
     for i_k in range(NK):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_k = load_rows(p_k + i_row * K, o_c * H, o_k, m_c, K)
+        b_k = load_rows(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_c, K)
         b_d = load_rows(p_dh, o_k, o_v, o_k < K, V)
         if DECAY == KEY_DECAY:
             m_next = (o_c + 1 < C) & (t_0 + o_c + 1 < T)
-            b_next = as_decay(load_rows(p_g + i_row * K, (o_c + 1) * H, o_k, m_next, K))
+            b_next = as_decay(load_rows(p_g + i_row // RG * K, (o_c + 1) * (H // RG), o_k, m_next, K))
             b_k = (b_k * tl.exp(tl.cumsum(b_next, 0, reverse=True))).to(b_d.dtype)
         else:
-            b_qt = load_columns(p_q + i_row * K, o_c * H, o_k, m_c, K)
+            b_qt = load_columns(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_c, K)
             b_at = tl.dot(b_k, b_qt, b_at, input_precision=PRECISION)
         b_dv = tl.dot(b_k, b_d, b_dv, input_precision=PRECISION)
 
@@ -135,7 +135,7 @@ def chunk_value_grad_kernel(
     else:
         m_at = o_c[:, None] <= o_c[None, :]
         if DECAY != NO_DECAY:
-            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_do.dtype == tl.float32)
+            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, DECAY, b_do.dtype == tl.float32)
             b_e = (b_hi[None, :] - b_hi[:, None]) + (b_lo[None, :] - b_lo[:, None])
             b_at *= tl.exp(tl.where(m_at, b_e, 0.0))
             b_dv *= tl.exp((s_hi - b_hi) + (s_lo - b_lo))[:, None]
@@ -180,10 +180,9 @@ def chunk_backward(
             scans = plan_scans(q, v, kind, heads=H, need_dg=need_dg)
         if scans is not None:
             return scan_backward(scans, q, k, v, g, h0, scale, do, dht, need_dg=need_dg)
-        qs, ks, vs = (spread(x, 2, H) for x in (q, k, v))
-        plan = plan_launch(qs, vs, kind, config)
+        plan = plan_launch(q, v, kind, config, shared=shares(H, q, k, v, g))
         dh0 = None if h0 is None else torch.empty(B, H, K, V, dtype=torch.float32, device=q.device)
-        dq, dk, dv, dg = _launch_all(plan, qs, ks, vs, spread_decay(g, H), h0, scale, do, dht, dh0)
+        dq, dk, dv, dg = _launch_all(plan, q, k, v, g, h0, scale, do, dht, dh0)
         dq, dk, dv = (sum_heads(dx, 2, x.shape[2]) for dx, x in ((dq, q), (dk, k), (dv, v)))
         dg = sum_shares(plan, dg)
         return dq, dk, dv, dg if dg is None or g is None else sum_decay_heads(dg, g), dh0
@@ -220,10 +219,15 @@ def launch_gradients(
     dht: torch.Tensor | None,
     dh0: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients (dq, dk, dv, and dg for `sum_shares`) of the split launch, from its scores and states; fills dh0."""
-    dq, dk, dv, dh = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(h)
+    """Gradients (dq, dk, dv, and dg for `sum_shares`) of the split launch, from its scores and states; fills dh0.
+
+    All are for each of the plan's H heads.
+    """
+    B, T, H, K, V = plan.B, plan.T, plan.H, plan.K, plan.V
+    dq, dk, dv = (torch.empty(B, T, H, size, dtype=q.dtype, device=q.device) for size in (K, K, V))
+    dh = torch.empty_like(h)
     _launch_state_grads(plan, q, g, scale, do, dht, dh, dh0)
-    programs = plan.B * plan.H * plan.chunks * plan.value_blocks
+    programs = B * H * plan.chunks * plan.value_blocks
     launch_split(plan, chunk_value_grad_kernel, programs, q, k, g, a, do, dh, dv, float(scale))
     return dq, dk, dv, launch_query_key_grads(plan, q, k, v, g, do, h, dh, dq, dk, scale)
 

@@ -12,6 +12,8 @@ Decays are never exponentiated on their own. With c_t the sum of g over a chunk 
 exp(c_t), exp(c_last - c_t) and exp(c_i - c_j) with i >= j; all exponents are <= 0 when g <= 0. Such differences are
 summed over just the rows between, or (one decay per row) from two sums that subtract exactly, so that a decay of -100
 earlier in the chunk costs the later rows no digits.
+
+RQ, RK, RV, RG: of the H heads of the output, how many neighbours share one of q, k, v and g, read where it lies.
 """
 
 from dataclasses import dataclass
@@ -109,16 +111,16 @@ def as_decay(b_g):
 
 
 @triton.jit
-def row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY: tl.constexpr, EXACT: tl.constexpr):
-    """Running sums [C] of one decay per row, as a coarse and a fine part, and the two totals.
+def row_decay(p_g, i_row, i_h, o_c, m_c, H, RG: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
+    """Running sums [C] of one decay per row, as a coarse and a fine part, and the two totals; RG heads share one.
 
     The coarse part lies on a grid where sums and differences are exact; the fine part is below 2^-11 a row. Operands
     narrower than float32 round more than a plain sum loses: for them (EXACT false) the fine part is zero.
     """
     if DECAY == CONSTANT_DECAY:
-        b_g = tl.where(m_c, as_decay(tl.load(p_g + i_h)), 0.0)
+        b_g = tl.where(m_c, as_decay(tl.load(p_g + i_h // RG)), 0.0)
     else:
-        b_g = as_decay(tl.load(p_g + i_row + o_c * H, mask=m_c, other=0.0))
+        b_g = as_decay(tl.load(p_g + i_row // RG + o_c * (H // RG), mask=m_c, other=0.0))
     if EXACT:
         b_coarse = tl.floor(b_g * GRID_STEPS + 0.5) / GRID_STEPS
         b_fine = b_g - b_coarse
@@ -133,7 +135,7 @@ def chunk_state_kernel(
     p_k, p_v, p_g, p_h0, p_h, p_ht, p_gt, T, H, L, n_s,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, HAS_H0: tl.constexpr, STORE_H: tl.constexpr, STORE_HT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, RG: tl.constexpr,
 ):  # fmt: skip
     """One program per (b, segment, h, K block, V block) walks the segment's chunks, from a state of p_h0
     [B, segments, H, K, V] to one of p_ht; p_h [B*H, chunks, K, V] gets the state before each chunk, or p_gt, without
@@ -157,19 +159,19 @@ def chunk_state_kernel(
         t_0 = i_t * C
         i_row = (i_b * T + t_0) * H + i_h
         m_c = t_0 + o_c < T
-        b_kt = load_columns(p_k + i_row * K, o_c * H, o_k, m_c, K)
-        b_v = load_rows(p_v + i_row * V, o_c * H, o_v, m_c, V)
+        b_kt = load_columns(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_c, K)
+        b_v = load_rows(p_v + i_row // RV * V, o_c * (H // RV), o_v, m_c, V)
         if DECAY == KEY_DECAY:
-            p_gr = p_g + i_row * K
+            p_gr = p_g + i_row // RG * K
             m_next = (o_c + 1 < C) & (t_0 + o_c + 1 < T)
-            b_next = as_decay(load_columns(p_gr, (o_c + 1) * H, o_k, m_next, K))
+            b_next = as_decay(load_columns(p_gr, (o_c + 1) * (H // RG), o_k, m_next, K))
             b_first = as_decay(tl.load(p_gr + o_k, mask=m_k, other=0.0))
             b_kt = (b_kt * tl.exp(tl.cumsum(b_next, 1, reverse=True))).to(b_v.dtype)
             b_all = tl.sum(b_next, 1) + b_first
             b_total += b_all
             b_s *= tl.exp(b_all)[:, None]
         elif DECAY != NO_DECAY:
-            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, DECAY, b_v.dtype == tl.float32)
+            b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, DECAY, b_v.dtype == tl.float32)
             b_v = (b_v * tl.exp((s_hi - b_hi) + (s_lo - b_lo))[:, None]).to(b_v.dtype)
             b_total += s_hi + s_lo
             b_s *= tl.exp(s_hi + s_lo)
@@ -184,6 +186,7 @@ def chunk_state_kernel(
 def chunk_key_scores_kernel(
     p_q, p_k, p_g, p_a, T, H,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr,
 ):  # fmt: skip
     """A_ij = sum_k q_ik k_jk exp(c_ik - c_jk) for j <= i in a chunk; 16 rows a program; p_a is [B, T, H, C].
 
@@ -202,12 +205,12 @@ def chunk_key_scores_kernel(
         for i_k in range(NK):
             o_k = i_k * BK + tl.arange(0, BK)
             m_k = o_k < K
-            p_kr = p_k + i_row * K
-            p_gr = p_g + i_row * K
-            b_q = load_rows(p_q + i_row * K, o_r * H, o_k, m_r, K)
-            b_g = as_decay(load_rows(p_gr, o_r * H, o_k, m_r, K))
-            b_kt = load_columns(p_kr, o_c * H, o_k, m_c, K)
-            b_next = as_decay(load_columns(p_gr, (o_c + 1) * H, o_k, o_c + 1 < r_0, K))
+            p_kr = p_k + i_row // RK * K
+            p_gr = p_g + i_row // RG * K
+            b_q = load_rows(p_q + i_row // RQ * K, o_r * (H // RQ), o_k, m_r, K)
+            b_g = as_decay(load_rows(p_gr, o_r * (H // RG), o_k, m_r, K))
+            b_kt = load_columns(p_kr, o_c * (H // RK), o_k, m_c, K)
+            b_next = as_decay(load_columns(p_gr, (o_c + 1) * (H // RG), o_k, o_c + 1 < r_0, K))
             b_kt = (b_kt * tl.exp(tl.cumsum(b_next, 1, reverse=True))).to(b_q.dtype)
             b_qd = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_q.dtype)
             b_a = tl.dot(b_qd, b_kt, b_a, input_precision=PRECISION)
@@ -217,10 +220,10 @@ def chunk_key_scores_kernel(
             for i_c in range(SUB):
                 j = r_0 + SUB - 1 - i_c
                 m_j = m_k & (t_0 + j < T)
-                b_kj = tl.load(p_kr + j * H * K + o_k, mask=m_j, other=0.0).to(tl.float32)
+                b_kj = tl.load(p_kr + j * (H // RK) * K + o_k, mask=m_j, other=0.0).to(tl.float32)
                 b_aj = tl.sum(b_q * b_kj[None, :] * tl.exp(b_e), 1)
                 b_a += tl.where((o_c == j)[None, :] & (o_r >= j)[:, None], b_aj[:, None], 0.0)
-                b_gj = as_decay(tl.load(p_gr + j * H * K + o_k, mask=m_j, other=0.0))
+                b_gj = as_decay(tl.load(p_gr + j * (H // RG) * K + o_k, mask=m_j, other=0.0))
                 b_e += tl.where((o_r >= j)[:, None], b_gj[None, :], 0.0)
     store_rows(p_a + i_row * C, b_a, o_r * H, o_c, m_r, C)
 
@@ -241,6 +244,7 @@ class SplitPlan:
     precision: str
     device: torch.device
     segments: int = 1
+    shared: tuple[int, ...] = (1, 1, 1, 1)  # RQ, RK, RV, RG
 
     @property
     def chunks(self) -> int:
@@ -270,13 +274,15 @@ def pad_block(size: int, largest: int) -> int:
 
 
 def plan_launch(
-    q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None, *, forward: bool = False
-) -> SplitPlan:
-    """The split launch of checked arguments, with the table's configuration unless one is given.
+    q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None, *, shared: tuple[int, ...] = (1, 1, 1, 1),
+    forward: bool = False,
+) -> SplitPlan:  # fmt: skip
+    """The split launch of checked arguments, with the table's configuration unless one is given; `shared` as in it.
 
     `forward` plans outputs alone, in larger tiles where these fill the device or time is long.
     """
     B, T, H, K = q.shape
+    H *= shared[0]
     V = v.shape[-1]
     if config is None:
         arch, row = device_arch(q.device), (kind, q.element_size(), max(K, V), shared_limit(q.device))
@@ -298,7 +304,7 @@ def plan_launch(
             room=resident * multiprocessors(q.device), resident=resident,
         )  # fmt: skip
     segments = triton.cdiv(chunks, triton.cdiv(chunks, segments))
-    return SplitPlan(B, T, H, K, V, kind, config, *blocks, precision(q), q.device, segments)
+    return SplitPlan(B, T, H, K, V, kind, config, *blocks, precision(q), q.device, segments, shared)
 
 
 def precision(q: torch.Tensor) -> str:
@@ -344,6 +350,7 @@ def launch_split(
             T=plan.T, H=plan.H, L=plan.length, n_s=plan.segments, K=plan.K, V=plan.V, C=plan.config.chunk,
             BK=plan.block_k, BV=plan.block_v, DECAY=KINDS[plan.kind], PRECISION=plan.precision,
         )  # fmt: skip
+        known |= zip(("RQ", "RK", "RV", "RG"), plan.shared, strict=True)
         known |= numbers
         ordered = tuple(known[name] for name in kernel.arg_names[len(first) :])
         launch = Launch(kernel, plan.device, (programs,), ordered, **plan.options)

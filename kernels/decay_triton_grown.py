@@ -44,6 +44,7 @@ GROWTH = tl.constexpr(2.0 / 64)
 def chunk_grown_decay_grad_kernel(
     p_q, p_k, p_g, p_p, p_h, p_dh, p_dqs, p_dks, p_dg, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr,
 ):  # fmt: skip
     """Writes p_dg again where a step of the chunk grows; one program per (b, h, chunk, K block). dq' comes before the
     scale."""
@@ -52,7 +53,7 @@ def chunk_grown_decay_grad_kernel(
     o_k = i_k * BK + tl.arange(0, BK)
     m_c = t_0 + o_c < T
     m_k = o_k < K
-    b_g = as_decay(load_rows(p_g + i_row * K, o_c * H, o_k, m_c, K))
+    b_g = as_decay(load_rows(p_g + i_row // RG * K, o_c * (H // RG), o_k, m_c, K))
     if tl.max(b_g) <= GROWTH:
         return
     p_h += i_bt.to(tl.int64) * (K * V)
@@ -64,15 +65,15 @@ def chunk_grown_decay_grad_kernel(
         b_st = load_columns(p_h, o_k, o_v, m_k, V).to(tl.float32)
         b_ds += tl.sum((b_st * b_all[None, :]) * load_columns(p_dh, o_k, o_v, m_k, V).to(tl.float32), 0)
     b_dk = load_rows(p_dks + i_row * K, o_c * H, o_k, m_c, K)
-    b_dg = b_ds[None, :] + sums_before(load_rows(p_k + i_row * K, o_c * H, o_k, m_c, K) * b_dk, 0)
-    b_q = load_rows(p_q + i_row * K, o_c * H, o_k, m_c, K) * scale
+    b_dg = b_ds[None, :] + sums_before(load_rows(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_c, K) * b_dk, 0)
+    b_q = load_rows(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_c, K) * scale
     b_dg += tl.cumsum(b_q * load_rows(p_dqs + i_row * K, o_c * H, o_k, m_c, K), 0, reverse=True)
     b_e = tl.zeros((C, BK), tl.float32)
     n_j = tl.minimum(T - t_0, C)
     for i_j in range(1, n_j):
         j = n_j - 1 - i_j
-        b_gj = as_decay(tl.load(p_g + (i_row + (j + 1) * H) * K + o_k, mask=m_k, other=0.0))
-        b_kj = tl.load(p_k + (i_row + j * H) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_gj = as_decay(tl.load(p_g + (i_row // RG + (j + 1) * (H // RG)) * K + o_k, mask=m_k, other=0.0))
+        b_kj = tl.load(p_k + (i_row // RK + j * (H // RK)) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
         b_pj = tl.load(p_p + (i_row + o_c * H) * C + j, mask=m_c & (o_c > j), other=0.0).to(tl.float32)
         b_e += tl.where((o_c > j)[:, None], b_gj[None, :], 0.0)
         b_w = b_q * b_pj[:, None] * tl.exp(b_e) * b_kj[None, :]
@@ -93,6 +94,7 @@ def pairs_across(b_w, b_hi, b_lo, o_c):
 def chunk_grown_row_grad_kernel(
     p_q, p_k, p_v, p_g, p_do, p_h, p_dh, p_dg, scale, T, H, s_dg,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    RQ: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, RG: tl.constexpr,
 ):  # fmt: skip
     """Writes the K block's share of dg of `chunk_query_key_grad_kernel`, whose programs it has, again where a step of
     the chunk grows."""
@@ -101,21 +103,21 @@ def chunk_grown_row_grad_kernel(
     o_k = i_k * BK + tl.arange(0, BK)
     m_c = t_0 + o_c < T
     m_k = o_k < K
-    if tl.max(as_decay(tl.load(p_g + i_row + o_c * H, mask=m_c, other=0.0))) <= GROWTH:
+    if tl.max(as_decay(tl.load(p_g + i_row // RG + o_c * (H // RG), mask=m_c, other=0.0))) <= GROWTH:
         return
     p_h += i_bt.to(tl.int64) * (K * V)
     p_dh += i_bt.to(tl.int64) * (K * V)
-    b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, ROW_DECAY, True)
+    b_hi, b_lo, s_hi, s_lo = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, ROW_DECAY, True)
     b_dk = tl.zeros((C, BK), tl.float32)
     b_ds = tl.zeros((BK,), tl.float32)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
-        b_v = load_rows(p_v + i_row * V, o_c * H, o_v, m_c, V)
+        b_v = load_rows(p_v + i_row // RV * V, o_c * (H // RV), o_v, m_c, V)
         b_dt = load_columns(p_dh, o_k, o_v, m_k, V)
         b_dk = tl.dot(b_v, b_dt, b_dk, input_precision=PRECISION)
         b_st = load_columns(p_h, o_k, o_v, m_k, V).to(tl.float32)
         b_ds += tl.sum((b_st * tl.exp(s_hi + s_lo)) * b_dt.to(tl.float32), 0)
-    b_kdk = tl.sum(load_rows(p_k + i_row * K, o_c * H, o_k, m_c, K) * b_dk, 1)
+    b_kdk = tl.sum(load_rows(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_c, K) * b_dk, 1)
     b_kdk *= tl.exp((s_hi - b_hi) + (s_lo - b_lo))
     b_dg = tl.sum(b_ds, 0) + sums_before(b_kdk, 0)
 
@@ -129,10 +131,10 @@ def chunk_grown_row_grad_kernel(
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
         b_do = load_rows(p_do + i_row * V, o_c * H, o_v, m_c, V)
-        b_vt = load_columns(p_v + i_row * V, o_c * H, o_v, m_c, V)
+        b_vt = load_columns(p_v + i_row // RV * V, o_c * (H // RV), o_v, m_c, V)
         b_p = tl.dot(b_do, b_vt, b_p, input_precision=PRECISION)
-    b_q = load_rows(p_q + i_row * K, o_c * H, o_k, m_c, K)
-    b_kt = load_columns(p_k + i_row * K, o_c * H, o_k, m_c, K)
+    b_q = load_rows(p_q + i_row // RQ * K, o_c * (H // RQ), o_k, m_c, K)
+    b_kt = load_columns(p_k + i_row // RK * K, o_c * (H // RK), o_k, m_c, K)
     b_p *= tl.dot(b_q, b_kt, input_precision=PRECISION)
     b_qdq = tl.sum(b_q * b_dq, 1) * tl.exp(b_hi + b_lo)
     b_dg += scale * (tl.cumsum(b_qdq, 0, reverse=True) + pairs_across(b_p, b_hi, b_lo, o_c))

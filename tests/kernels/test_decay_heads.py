@@ -6,6 +6,7 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part, as 
 import dataclasses
 import sys
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ from test_decay_triton import KIND, check_results, narrow_results, on_gpu, run_k
 from test_decay_triton_packed import naive_packed, narrow_packed, run_packed  # noqa: E402
 
 from fla_compile import ops  # noqa: E402
-from fla_compile.kernels import decay_fused, decay_heads, decay_layout, decay_ops  # noqa: E402
+from fla_compile.kernels import (  # noqa: E402
+    decay_fused,
+    decay_heads,
+    decay_layout,
+    decay_ops,
+    decay_segments,
+    decay_triton_common,
+)
 from fla_compile.kernels.decay_configs import Config  # noqa: E402
 
 # Heads of q, k, v and the decay, and of the initial state if there is one.
@@ -43,7 +51,7 @@ def shared_inputs(family, heads, dtype, T=70, decay="weak", K=12, V=20, B=2):
 def one_for_each(x, H):
     """The same with nothing shared."""
     q, k, v = (decay_heads.spread(y, 2, H) for y in (x.q, x.k, x.v))
-    g = None if x.g is None else decay_heads.spread_decay(x.g, H)
+    g = None if x.g is None else decay_heads.spread(x.g, 0 if x.g.ndim == 1 else 2, H)
     return dataclasses.replace(x, q=q, k=k, v=v, g=g, h0=decay_heads.spread(x.h0, 1, H))
 
 
@@ -161,6 +169,34 @@ def summed(x, found):
 
 CONFIG = Config(16, 16, 16, 4, 1, 0)
 FEW = dict(K=16, V=16, B=1)
+# Of the operands of the split launch; the heads they share differ from one to the next.
+SPLIT = ((4, 2, 1, 2, 4), (1, 1, 4, 2, None), (2, 4, 2, 1, 4))
+
+
+@pytest.mark.parametrize("heads", SPLIT, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_launch_is_told_operands_where_they_lie(family, heads, monkeypatch):
+    """Every kernel, forward and backward, and of how many heads share each."""
+    told = []
+
+    def launch(kernel, device, grid, numbers, **options):
+        return lambda *first: told.append(dict(zip(kernel.arg_names, (*first, *numbers), strict=True)))
+
+    monkeypatch.setattr(decay_triton_common, "Launch", launch)
+    monkeypatch.setattr(decay_triton_common, "_launches", {})
+    case, x = shared_inputs(family, heads, torch.float32, T=17, **FEW)
+    x = dataclasses.replace(x, **{name: y.contiguous() for name in "qkvg" if (y := getattr(x, name)) is not None})
+    run_kernels(x, CONFIG)
+    wanted = {"H": case.H}
+    for name in "qkvg":
+        y = getattr(x, name)
+        wanted[f"p_{name}"] = None if y is None else y.data_ptr()
+        wanted[f"R{name.upper()}"] = 1 if y is None else case.H // decay_heads.decay_heads(y)
+    assert len(told) == {"simple_gla": 7, "gla": 11}.get(family, 6)
+    for args in told:
+        got = {name: y.data_ptr() if isinstance(y, torch.Tensor) else y for name, y in args.items() if name in wanted}
+        assert got == {name: wanted[name] for name in got}
+    assert {name for args in told for name in args} >= set(wanted)
 
 
 def fused(family, heads, limit):
@@ -193,10 +229,20 @@ def packed(family, heads):
     print("ok packed", case)
 
 
-def split(family, heads):
-    case, x = shared_inputs(family, heads, torch.float32, T=17, **FEW)
-    check_results(case, x, run_kernels(x, CONFIG), torch.float32)
+def split(family, heads, dtype=torch.float32, decay="weak", T=18, config=CONFIG, sizes=(20, 24)):
+    """In several chunks, and in several blocks of what the `sizes` of keys and values exceed."""
+    case, x = shared_inputs(family, heads, dtype, T=T, decay=decay, K=sizes[0], V=sizes[1], B=1)
+    eager = None if dtype == torch.float32 else summed(x, narrow_results(case, one_for_each(x, case.H), dtype))
+    check_results(case, x, run_kernels(x, config), dtype, eager=eager)
     print("ok split", case)
+
+
+def split_in_segments(family, heads):
+    with patch.object(decay_segments, "SHORTEST", 1), patch.object(decay_triton_common, "LONG_SWEEP", 1):
+        _, x = shared_inputs(family, heads, torch.float32, T=72, **FEW)
+        shared = decay_heads.shares(4, x.q, x.k, x.v, x.g)
+        assert decay_triton_common.plan_launch(x.q, x.v, KIND[family], CONFIG, shared=shared).segments > 1
+        split(family, heads, T=72, sizes=(16, 16))
 
 
 def interpret(thorough: bool) -> None:
@@ -207,23 +253,34 @@ def interpret(thorough: bool) -> None:
                 for limit in (None, -1.0) if family == "gla" else (None,):
                     fused(family, heads, limit)
                 packed(family, (*heads[:4], None))
+            for heads in SPLIT:
                 split(family, heads)
+            split(family, SPLIT[1], torch.float16, "strong")
+            split_in_segments(family, SPLIT[0])
+        # as the tables choose, for heads that no pass holds
+        split("simple_gla", SPLIT[0], torch.float16, config=None, sizes=(8, 272))
+        split("gla", SPLIT[0], config=None)
     else:
         fused("gla", (1, 1, 1, 1, 2), -1.0)
         grown((4, 2, 1, 2, 4))
         packed("gla", (2, 1, 4, 2, None))
         packed("simple_gla", (2, 1, 4, 2, None))
         packed("retention", (1, 1, 2, 1, None))
-        split("linear_attention", (1, 1, 2, 0, None))
+        for family in FAMILIES:
+            split(family, SPLIT[0], sizes=(16, 16))
+        for family in FAMILIES[2:]:
+            split(family, SPLIT[1], decay="alternating", sizes=(20, 16))
+        split("simple_gla", SPLIT[2], torch.float16)
+        split_in_segments("retention", SPLIT[2])
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 1 + 1 + 3 + 1
+    assert interpreted(__file__) == 1 + 1 + 3 + 8
 
 
 @pytest.mark.slow
 def test_interpreted_thoroughly():
-    assert interpreted(__file__, "thorough") == 4 * 2 * 3 + 2
+    assert interpreted(__file__, "thorough") == 4 * (2 * 2 + 3 + 1 + 1) + 2 + 2
 
 
 @pytest.mark.gpu
@@ -246,6 +303,24 @@ def test_gpu(family):
                 one_batch = {"cu_seqlens": cu_seqlens} if len(lengths) > 1 else {}
                 got = results(partial(getattr(ops, family), **one_batch), case, y, dtype)
                 check_results(case, y, got, dtype, truth, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "K", "V"), [(torch.float32, 40, 72), (torch.bfloat16, 256, 64)], ids=str)
+def test_gpu_split(family, dtype, K, V):
+    wide = dtype == torch.float32
+    decays = ("weak", "alternating") if wide and family in FAMILIES[2:] else ("weak",)
+    for heads, decay in ((heads, decay) for heads in SPLIT for decay in decays):
+        case, x = shared_inputs(family, heads, dtype, T=200, decay=decay, K=K, V=V)
+        x = on_gpu(x)
+        shared = decay_heads.shares(case.H, x.q, x.k, x.v, x.g)
+        config = decay_triton_common.plan_launch(x.q, x.v, KIND[family], None, shared=shared).config
+        got, again = run_kernels(x, config), run_kernels(x, config)
+        for name in got:
+            assert torch.equal(got[name], again[name]), f"{case} {heads} {name} differs from run to run"
+        eager = None if wide else summed(x, narrow_results(case, one_for_each(x, case.H), dtype))
+        check_results(case, x, got, dtype, eager=eager)
 
 
 if __name__ == "__main__":
