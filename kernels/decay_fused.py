@@ -196,17 +196,23 @@ def scan_forward(
 @recorded
 @compiled_together
 def scan_query_grad(
-    plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dq alone under a gate a key, and the final state [B, H, K, V] in float32; all operands contiguous."""
+    plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor, *,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq alone under a gate a key, and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands
+    contiguous."""
     dq = empty(*k.shape, dtype=k.dtype, device=k.device)
-    ht = empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
+    states = plan.B if packing is None else packing.sequences
+    ht = empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
     final: Tensor | None = ht
-    if plan.segments > 1:
+    packed = None
+    if packing is not None:
+        packed = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
+    elif plan.segments > 1:
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
-    h = new_states(plan, k)
-    launch_states(plan, k, v, g, reverse=False, s0=h0, st=final, h=h)
-    launch_grads(plan, None, k, v, do, g, h, None, dq, None, None, scale)
+    h = new_states(plan, k, packing)
+    launch_states(plan, k, v, g, reverse=False, s0=h0, st=final, h=h, packed=packed)
+    launch_grads(plan, None, k, v, do, g, h, None, dq, None, None, scale, packing=packing)
     return dq, ht
 
 

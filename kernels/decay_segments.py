@@ -29,6 +29,7 @@ __all__ = [
     "chain_joints_kernel",
     "chain_segments",
     "chunk_of",
+    "fits_table",
     "pack",
     "segment_count",
 ]
@@ -42,6 +43,8 @@ HIGHEST = tl.constexpr(254.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Numbers of a row of a table; those in use, then zeros up to 32 bytes, so that every slice begins at a multiple of 16.
 COLUMNS = tl.constexpr(8)
+# Steps in a table are int32.
+MOST_STEPS = 2**31
 
 
 @triton.jit
@@ -193,6 +196,11 @@ def segment_count(
         return 1
     count = min(length // (shortest or SHORTEST * chunk), length * room // (programs * steps))
     return count if count >= FEWEST else 1
+
+
+def fits_table(q: Tensor) -> bool:
+    """Whether packed sequences of q [1, T, H, ..] have a table, of steps and of programs."""
+    return q.shape[2] > 0 and q.shape[1] < MOST_STEPS
 
 
 @dataclass(frozen=True)
