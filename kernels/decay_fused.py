@@ -25,7 +25,7 @@ from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_grown import grown_row_decay_grad_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
-from fla_compile.kernels.decay_segments import Packing, Part, ceil_div, chain_joints_kernel, chain_segments
+from fla_compile.kernels.decay_segments import Packing, Part, ceil_div, chain_joints, chain_segments
 from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 from fla_compile.kernels.launch_record import empty, recorded
@@ -108,16 +108,7 @@ def _packed_chain(
     per_key = (K,) if plan.kind == "vector" else ()
     gt = empty(packing.joints, H, *per_key, dtype=torch.float32, device=z.device)
     _add_up(plan, z, w, g, u, gt, reverse=reverse, packed=packing.sums(reverse))
-    rows = packing.chain()
-    key = ("joints", plan, reverse, layout(s0), rows.shape, u.device)
-    launch = _launches.get(key)
-    if launch is None:
-        block = min(1024, triton.next_power_of_2(K * V))
-        numbers = H, K, V, block, KINDS[plan.kind], reverse, s0 is not None
-        grid = (rows.shape[0] * H * ceil_div(K * V, block),)
-        launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
-        remember(_launches, key, launch)
-    launch(u, gt, s0, rows, float(s_in))
+    chain_joints(u, gt, s0, packing.chain(), KINDS[plan.kind], reverse=reverse, s_in=s_in)
     return packing.part(u)
 
 

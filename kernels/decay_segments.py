@@ -26,6 +26,7 @@ __all__ = [
     "Packing",
     "Part",
     "ceil_div",
+    "chain_joints",
     "chain_joints_kernel",
     "chain_segments",
     "chunk_of",
@@ -97,13 +98,13 @@ def chain_segments_kernel(
 
 @triton.jit(do_not_specialize=["H"])
 def chain_joints_kernel(
-    p_u, p_gt, p_s0, p_table, s_in, H,
+    p_u, p_gt, p_gv, p_s0, p_table, s_in, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr,
 ):  # fmt: skip
     """p_u [joints, H, K, V] holds what the segment on one side of a joint adds, and gets the state there; one program
     for each row of the table (first joint, number of joints, sequence), head and block of the state. p_gt: those
-    segments' log decays [joints, H], or, in base 2, [joints, H, K]."""
+    segments' log decays [joints, H], or, in base 2, [joints, H, K], then perhaps with p_gv [joints, H, V]."""
     NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
     i_p = tl.program_id(0)
     i_h = (i_p // NB) % H
@@ -122,7 +123,7 @@ def chain_joints_kernel(
             i_j = i_first + n_u - 1 - i_n
         i_u = i_j.to(tl.int64) * H + i_h
         b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
-        b_s = decayed(b_s, p_gt, None, i_u, o_s, m_s, K, V, DECAY) + b_u
+        b_s = decayed(b_s, p_gt, p_gv, i_u, o_s, m_s, K, V, DECAY) + b_u
         tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
 
 
@@ -182,6 +183,24 @@ def chain_segments(
         launch = Launch(chain_segments_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
         remember(_launches, key, launch)
     launch(u, gt, gv, s0, st, float(s_in), float(s_st))
+
+
+def chain_joints(
+    u: Tensor, gt: Tensor, s0: Tensor | None, rows: Tensor, decay: int, *, reverse: bool, s_in: float,
+    gv: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What the segment on one side of each joint adds, u [joints, H, K, V], becomes the state there, from s0 [N, H, K,
+    V] times `s_in`. rows, gt and gv as `chain_joints_kernel` has them."""
+    _, H, K, V = u.shape
+    key = ("joints", decay, reverse, u.device, H, K, V, layout(s0), rows.shape, gv is None)
+    launch = _launches.get(key)
+    if launch is None:
+        block = min(1024, triton.next_power_of_2(K * V))
+        numbers = H, K, V, block, decay, reverse, s0 is not None
+        grid = (rows.shape[0] * H * ceil_div(K * V, block),)
+        launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
+        remember(_launches, key, launch)
+    launch(u, gt, gv, s0, rows, float(s_in))
 
 
 def segment_count(
