@@ -32,7 +32,7 @@ from fla_compile.kernels.decay_plan import Scans, pack_scans, plan_scans
 from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_scan_kernel
 from fla_compile.kernels.decay_scan_grown import grown_row_decay_grad_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
-from fla_compile.kernels.decay_segments import Packing, Part, ceil_div, chain_joints_kernel, chain_segments
+from fla_compile.kernels.decay_segments import Packing, Part, ceil_div, chain_joints, chain_segments
 from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 from fla_compile.kernels.launch_record import empty, recorded
@@ -123,16 +123,7 @@ def _packed_chain(
     per_key = (K,) if plan.kind == "vector" else ()
     gt = empty(packing.joints, H, *per_key, dtype=torch.float32, device=z.device)
     _add_up(plan, z, w, g, u, gt, reverse=reverse, packed=packing.sums(reverse))
-    rows = packing.chain()
-    key = ("joints", plan, reverse, layout(s0), rows.shape, u.device)
-    launch = _launches.get(key)
-    if launch is None:
-        block = min(1024, triton.next_power_of_2(K * V))
-        numbers = H, K, V, block, KINDS[plan.kind], reverse, s0 is not None
-        grid = (rows.shape[0] * H * ceil_div(K * V, block),)
-        launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
-        remember(_launches, key, launch)
-    launch(u, gt, s0, rows, float(s_in))
+    chain_joints(u, gt, s0, packing.chain(), KINDS[plan.kind], reverse=reverse, s_in=s_in)
     return packing.part(u)
 
 
@@ -212,17 +203,23 @@ def scan_forward(
 @recorded
 @compiled_together
 def scan_query_grad(
-    plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dq alone under a gate a key, and the final state [B, H, K, V] in float32; all operands contiguous."""
+    plan: Scans, k: Tensor, v: Tensor, g: Tensor, h0: Tensor | None, scale: float, do: Tensor, *,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq alone under a gate a key, and the final state [B, H, K, V] (packed [N, ..]) in float32; all operands
+    contiguous."""
     dq = empty(*k.shape, dtype=k.dtype, device=k.device)
-    ht = empty(plan.B, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
+    states = plan.B if packing is None else packing.sequences
+    ht = empty(states, plan.H, plan.K, plan.V, dtype=torch.float32, device=k.device)
     final: Tensor | None = ht
-    if plan.segments > 1:
+    packed = None
+    if packing is not None:
+        packed = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
+    elif plan.segments > 1:
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
-    h = new_states(plan, k)
-    launch_states(plan, k, v, g, reverse=False, s0=h0, st=final, h=h)
-    launch_grads(plan, None, k, v, do, g, h, None, dq, None, None, scale)
+    h = new_states(plan, k, packing)
+    launch_states(plan, k, v, g, reverse=False, s0=h0, st=final, h=h, packed=packed)
+    launch_grads(plan, None, k, v, do, g, h, None, dq, None, None, scale, packing=packing)
     return dq, ht
 
 

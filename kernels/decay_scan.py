@@ -48,6 +48,7 @@ __all__ = [
     "first_state",
     "load_state",
     "load_tile",
+    "packed_program",
     "segment_program",
     "store_last",
     "store_state",

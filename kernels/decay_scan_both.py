@@ -42,9 +42,12 @@ from fla_compile.kernels.decay_scan import (
     LONG,
     QUERIES,
     chunk_at,
+    first_state,
     load_state,
     load_tile,
+    packed_program,
     segment_program,
+    store_last,
     store_state,
     store_tile,
     tile_mask,
@@ -58,6 +61,20 @@ __all__ = ["chunk_scan_both_kernel", "step_scan_both_kernel"]
 # In a gradient's range growth by 2^4 is the limit: on both axes it leaves eight of the 16 bits that factors have in two
 # parts of bfloat16.
 GROWN = tl.constexpr(4.0)
+
+
+@triton.jit
+def chunks_program(
+    p_table, T, H: tl.constexpr, L, n_s, W: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr
+):
+    """As `walk_program`, with the number of chunks in the place of the head."""
+    if p_table is None:
+        i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+        n_c = tl.cdiv(t_e - t_a, C)
+        return i_w, i_nh, i_seq, t_a, t_e, n_c, i_nh * tl.cdiv(L, C), -1
+    else:
+        i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = packed_program(p_table, H, W, BW, C, REVERSE)
+        return i_w, i_nh, i_seq, t_a, t_e, tl.cdiv(t_e - t_a, C), i_state, i_u
 
 
 @triton.jit
@@ -95,7 +112,8 @@ def add_key_share(p_dg, b_k, b_dk, b_inside, b_across, s_y, o_row, o_w, m_w, W: 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def chunk_scan_both_kernel(
-    p_x, p_z, p_w, p_a, p_b, p_e, p_s0, p_y, p_st, p_ta, p_tb, p_range, p_h, p_dg, s_in, s_y, s_st, limit, T, L, n_s,
+    p_x, p_z, p_w, p_a, p_b, p_e, p_s0, p_y, p_st, p_ta, p_tb, p_range, p_h, p_dg, p_table, p_u,
+    s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -106,27 +124,24 @@ def chunk_scan_both_kernel(
     s_st; each may be absent. As QUERIES or KEYS the pass has its queries or keys in p_e; QUERIES writes p_dg
     [B, T, H, W] and the state before each chunk, p_h, and KEYS, over the same programs, completes p_dg. Without p_x
     only what each segment adds to the state is written, to p_st, and the sums of log a and log b over it, in base 2, to
-    p_ta [B, segments, H, X] and p_tb [B, segments, H, W].
+    p_ta [B, segments, H, X] and p_tb [B, segments, H, W]. Packed sequences have a table, and states p_u where their
+    segments meet if any does.
     """
     if PART == KEYS:
         if not (tl.load(p_range + tl.program_id(0)) <= limit):
             return
-    i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
+    i_w, i_nh, i_seq, t_a, t_e, n_c, i_state, i_u = chunks_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
     dtype = p_w.dtype.element_ty
-    n_c = tl.cdiv(t_e - t_a, C)
-    i_state = i_nh * tl.cdiv(L, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
     o_w = i_w * BW + tl.arange(0, BW)
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
-    b_s = tl.zeros((BX, BW), tl.float32)
+    b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, p_s0 is not None)
     b_range = tl.zeros((BX,), tl.float32)
     b_wide = tl.zeros((BW,), tl.float32)
     if p_x is None:
         b_ta = tl.zeros((BX,), tl.float32)
         b_tb = tl.zeros((BW,), tl.float32)
-    if p_s0 is not None:
-        b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
     for i_n in range(n_c):
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
@@ -189,7 +204,7 @@ def chunk_scan_both_kernel(
             b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision="ieee")
         b_s *= b_rows[:, None] * b_columns[None, :]
     if p_st is not None:
-        store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        store_last(p_st, p_table, i_nh, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if p_x is None:
         tl.store(p_ta + i_nh * X + o_x, b_ta, mask=(o_x < X) & (i_w == 0))
         tl.store(p_tb + i_nh * W + o_w, b_tb, mask=o_w < W)
@@ -199,7 +214,8 @@ def chunk_scan_both_kernel(
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
 def step_scan_both_kernel(
-    p_x, p_z, p_w, p_a, p_b, p_e, p_s0, p_y, p_st, p_ta, p_tb, p_range, p_h, p_dg, s_in, s_y, s_st, limit, T, L, n_s,
+    p_x, p_z, p_w, p_a, p_b, p_e, p_s0, p_y, p_st, p_ta, p_tb, p_range, p_h, p_dg, p_table, p_u,
+    s_in, s_y, s_st, limit, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, PART: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -210,16 +226,12 @@ def step_scan_both_kernel(
     if p_range is not None:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
-    n_c = tl.cdiv(t_e - t_a, C)
-    i_state = i_nh * tl.cdiv(L, C)
+    i_w, i_nh, i_seq, t_a, t_e, n_c, i_state, i_u = chunks_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
     o_w = i_w * BW + tl.arange(0, BW)
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
-    b_s = tl.zeros((BX, BW), tl.float32)
-    if p_s0 is not None:
-        b_s += load_state(p_s0, i_nh, o_x, o_w, m_s, X, W, TRANSPOSED) * s_in
+    b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, p_s0 is not None)
     if p_x is None:
         b_ta = tl.zeros((BX,), tl.float32)
         b_tb = tl.zeros((BW,), tl.float32)
@@ -286,7 +298,7 @@ def step_scan_both_kernel(
             add_key_share(p_dg + i_row * W, b_k, b_y, b_i, tl.sum(b_h * b_s, 0), s_y, o_c * H, o_w, m_w, W)
             b_s += b_r
     if p_st is not None:
-        store_state(p_st, i_nh, b_s * s_st, o_x, o_w, m_s, X, W)
+        store_last(p_st, p_table, i_nh, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if p_x is None:
         tl.store(p_ta + i_nh * X + o_x, b_ta, mask=(o_x < X) & (i_w == 0))
         tl.store(p_tb + i_nh * W + o_w, b_tb, mask=o_w < W)

@@ -26,9 +26,11 @@ __all__ = [
     "Packing",
     "Part",
     "ceil_div",
+    "chain_joints",
     "chain_joints_kernel",
     "chain_segments",
     "chunk_of",
+    "fits_table",
     "pack",
     "segment_count",
 ]
@@ -42,6 +44,8 @@ HIGHEST = tl.constexpr(254.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Numbers of a row of a table; those in use, then zeros up to 32 bytes, so that every slice begins at a multiple of 16.
 COLUMNS = tl.constexpr(8)
+# Steps in a table are int32.
+MOST_STEPS = 2**31
 
 
 @triton.jit
@@ -94,13 +98,13 @@ def chain_segments_kernel(
 
 @triton.jit(do_not_specialize=["H"])
 def chain_joints_kernel(
-    p_u, p_gt, p_s0, p_table, s_in, H,
+    p_u, p_gt, p_gv, p_s0, p_table, s_in, H,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr,
 ):  # fmt: skip
     """p_u [joints, H, K, V] holds what the segment on one side of a joint adds, and gets the state there; one program
     for each row of the table (first joint, number of joints, sequence), head and block of the state. p_gt: those
-    segments' log decays [joints, H], or, in base 2, [joints, H, K]."""
+    segments' log decays [joints, H], or, in base 2, [joints, H, K], then perhaps with p_gv [joints, H, V]."""
     NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
     i_p = tl.program_id(0)
     i_h = (i_p // NB) % H
@@ -119,7 +123,7 @@ def chain_joints_kernel(
             i_j = i_first + n_u - 1 - i_n
         i_u = i_j.to(tl.int64) * H + i_h
         b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
-        b_s = decayed(b_s, p_gt, None, i_u, o_s, m_s, K, V, DECAY) + b_u
+        b_s = decayed(b_s, p_gt, p_gv, i_u, o_s, m_s, K, V, DECAY) + b_u
         tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
 
 
@@ -181,6 +185,24 @@ def chain_segments(
     launch(u, gt, gv, s0, st, float(s_in), float(s_st))
 
 
+def chain_joints(
+    u: Tensor, gt: Tensor, s0: Tensor | None, rows: Tensor, decay: int, *, reverse: bool, s_in: float,
+    gv: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What the segment on one side of each joint adds, u [joints, H, K, V], becomes the state there, from s0 [N, H, K,
+    V] times `s_in`. rows, gt and gv as `chain_joints_kernel` has them."""
+    _, H, K, V = u.shape
+    key = ("joints", decay, reverse, u.device, H, K, V, layout(s0), rows.shape, gv is None)
+    launch = _launches.get(key)
+    if launch is None:
+        block = min(1024, triton.next_power_of_2(K * V))
+        numbers = H, K, V, block, decay, reverse, s0 is not None
+        grid = (rows.shape[0] * H * ceil_div(K * V, block),)
+        launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
+        remember(_launches, key, launch)
+    launch(u, gt, gv, s0, rows, float(s_in))
+
+
 def segment_count(
     length: int, *, steps: int, programs: int, chunk: int, room: int, resident: int, shortest: int | None = None
 ) -> int:
@@ -193,6 +215,11 @@ def segment_count(
         return 1
     count = min(length // (shortest or SHORTEST * chunk), length * room // (programs * steps))
     return count if count >= FEWEST else 1
+
+
+def fits_table(q: Tensor) -> bool:
+    """Whether packed sequences of q [1, T, H, ..] have a table, of steps and of programs."""
+    return q.shape[2] > 0 and q.shape[1] < MOST_STEPS
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ The output is one pass. The gradients are two pairs of passes, forward and in re
 dq and dk leave dg. The first of a pair keeps the state before each chunk, rounded as the operands are, for the second;
 both pairs use the same memory. Every pass has a second launch for those of its programs whose decays are too strong.
 Where there are fewer programs than multiprocessors, time is cut into segments as in `decay_fused`.
+
+Packed sequences are such segments, read from a table (`decay_segments`), where they lie: B = 1, states [N, H, K, V],
+cu_seqlens [N + 1].
 """
 
 import functools
@@ -24,11 +27,20 @@ from fla_compile.kernels.decay_configs import LARGEST_BOTH, Config, both_config
 from fla_compile.kernels.decay_plan import FEW_STEPS
 from fla_compile.kernels.decay_scan import KEYS, PLAIN, QUERIES
 from fla_compile.kernels.decay_scan_both import chunk_scan_both_kernel, step_scan_both_kernel
-from fla_compile.kernels.decay_segments import chain_segments, segment_count
+from fla_compile.kernels.decay_segments import (
+    Packing,
+    Part,
+    chain_joints,
+    chain_segments,
+    fits_table,
+    pack,
+    segment_count,
+)
 from fla_compile.kernels.decay_triton_common import KINDS, device_arch, multiprocessors
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
+from fla_compile.kernels.packed import sequence_bounds
 
-__all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range"]
+__all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range", "packed_backward", "packed_forward"]
 
 STEP_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
@@ -55,43 +67,56 @@ class Plan:
 
 
 @compiled_together
-def _forward(plan: Plan, operands: tuple[Tensor, ...], h0: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    plan: Plan, operands: tuple[Tensor, ...], h0: Tensor | None, scale: float, packing: Packing | None = None
+) -> tuple[Tensor, Tensor]:
     q, k, v, g, gv = operands
     B, _, H, K = q.shape
-    o, ht = torch.empty_like(v), torch.empty(B, H, K, v.shape[-1], dtype=torch.float32, device=q.device)
+    states = B if packing is None else packing.sequences
+    o, ht = torch.empty_like(v), torch.empty(states, H, K, v.shape[-1], dtype=torch.float32, device=q.device)
     if B * H > 0:
         final: Tensor | None = ht
-        if plan.segments > 1:
+        packed = None
+        if packing is not None:
+            packed = _packed_chain(plan, packing, (k, v, g, gv), h0, 1.0, reverse=False)
+        elif plan.segments > 1:
             h0, final = _chain(plan, (k, v, g, gv), h0, ht, (1.0, 1.0), reverse=False), None
-        tensors = (*operands, None, h0, o, final, None, None, _ranges(plan, q, v), None, None)
-        _launch(plan, tensors, (1.0, scale, 1.0), PLAIN.value, reverse=False)
+        tensors = (*operands, None, h0, o, final, None, None, _ranges(plan, q, v, packed), None, None)
+        _launch(plan, tensors, (1.0, scale, 1.0), PLAIN.value, reverse=False, packed=packed)
     return o, ht
 
 
 @compiled_together
 def _backward(
-    plan: Plan, operands: tuple[Tensor, ...], h0: Tensor | None, scale: float, dht: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    plan: Plan, operands: tuple[Tensor, ...], h0: Tensor | None, scale: float, dht: Tensor | None,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     q, k, v, g, gv, do = operands
     B, _, H, K = q.shape
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dg, dgv = (torch.empty_like(x, dtype=torch.float32) for x in (g, gv))
     dh0 = None if h0 is None else torch.empty_like(h0, dtype=torch.float32)
     final, down = dh0, 1.0 / scale
-    if plan.segments > 1:
+    ahead_part = back_part = None
+    if packing is not None:
+        ahead_part = _packed_chain(plan, packing, (k, v, g, gv), h0, 1.0, reverse=False)
+        back_part = _packed_chain(plan, packing, (q, do, g, gv), dht, down, reverse=True)
+    elif plan.segments > 1:
         h0 = _chain(plan, (k, v, g, gv), h0, None, (1.0, 1.0), reverse=False)
         dht = _chain(plan, (q, do, g, gv), dht, dh0, (down, scale), reverse=True)
         final, down = None, 1.0
-    chunks = plan.segments * triton.cdiv(plan.length, plan.config.chunk)
-    h = torch.empty(B * chunks, H, K, v.shape[-1], dtype=q.dtype, device=q.device)
+    chunks = B * plan.segments * triton.cdiv(plan.length, plan.config.chunk) if packing is None else packing.chunks
+    h = torch.empty(chunks, H, K, v.shape[-1], dtype=q.dtype, device=q.device)
     pairs = (
         ((q, k, v, g, gv, do), None, (k, q, do, g, gv, v), dv, final, dgv),
         ((do, v, k, gv, g, q), dq, (v, do, q, gv, g, k), dk, None, dg),
     )
     for i, (ahead, y, back, dy, st, grad) in enumerate(pairs):
-        rest = (None, None, _ranges(plan, ahead[0], ahead[2]), h, grad)
-        _launch(plan, (*ahead, h0, y, None, *rest), (1.0, scale, 1.0), QUERIES.value, reverse=False, turned=i == 1)
-        _launch(plan, (*back, dht, dy, st, *rest), (down, scale, scale), KEYS.value, reverse=True, turned=i == 1)
+        rest = (None, None, _ranges(plan, ahead[0], ahead[2], ahead_part), h, grad)
+        tensors, scales = (*ahead, h0, y, None, *rest), (1.0, scale, 1.0)
+        _launch(plan, tensors, scales, QUERIES.value, reverse=False, turned=i == 1, packed=ahead_part)
+        tensors, scales = (*back, dht, dy, st, *rest), (down, scale, scale)
+        _launch(plan, tensors, scales, KEYS.value, reverse=True, turned=i == 1, packed=back_part)
     return dq, dk, dv, dg, dgv, dh0
 
 
@@ -101,22 +126,40 @@ def _chain(
 ) -> Tensor:  # fmt: skip
     """The states before each segment [B, segments, H, K, V] from s0, read times scales[0]; the last, times scales[1],
     to st."""
-    k, v, _, _ = operands
-    (B, _, H, K), V = k.shape, v.shape[-1]
-    u, ta, tb = (
-        torch.empty(B, plan.segments, H, *sizes, dtype=torch.float32, device=k.device) for sizes in ((K, V), (K,), (V,))
-    )
-    tensors = (None, *operands, None, None, None, u, ta, tb, _ranges(plan, k, v), None, None)
-    _launch(plan, tensors, (1.0, 1.0, 1.0), PLAIN.value, reverse=reverse)
+    u, ta, tb = _sums(plan, operands, (operands[0].shape[0], plan.segments), reverse=reverse)
     chain_segments(u, ta, s0, st, KINDS["vector"], reverse=reverse, s_in=scales[0], s_st=scales[1], gv=tb)
     return u
 
 
+def _packed_chain(
+    plan: Plan, packing: Packing, operands: tuple[Tensor, ...], s0: Tensor | None, s_in: float, *, reverse: bool
+) -> Part:
+    """What a pass over the sequences is told: their table, and the states where segments meet if any do."""
+    if not packing.joints:
+        return packing.part(None)
+    u, ta, tb = _sums(plan, operands, (packing.joints,), reverse=reverse, packed=packing.sums(reverse))
+    chain_joints(u, ta, s0, packing.chain(), KINDS["vector"], reverse=reverse, s_in=s_in, gv=tb)
+    return packing.part(u)
+
+
+def _sums(
+    plan: Plan, operands: tuple[Tensor, ...], count: tuple[int, ...], *, reverse: bool, packed: Part | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each of the segments adds to the state [*count, H, K, V], and its log decays [.., K] and [.., V]."""
+    k, v, _, _ = operands
+    (_, _, H, K), V = k.shape, v.shape[-1]
+    u, ta, tb = (torch.empty(*count, H, *sizes, dtype=torch.float32, device=k.device) for sizes in ((K, V), (K,), (V,)))
+    tensors = (None, *operands, None, None, None, u, ta, tb, _ranges(plan, k, v, packed), None, None)
+    _launch(plan, tensors, (1.0, 1.0, 1.0), PLAIN.value, reverse=reverse, packed=packed)
+    return u, ta, tb
+
+
 def _launch(
     plan: Plan, tensors: tuple[Tensor | None, ...], scales: tuple[float, float, float], part: int, *, reverse: bool,
-    turned: bool = False,
+    turned: bool = False, packed: Part | None = None,
 ) -> None:  # fmt: skip
-    """One pass over time, `turned` over a state [V, K]; `tensors` as the kernels take them."""
+    """One pass over time, `turned` over a state [V, K]; `tensors` as the kernels take them, but for `packed`."""
+    tensors += (None, None) if packed is None else (packed.table, packed.joints)
     config, layouts = plan.config, tuple(map(layout, tensors))
     for kernel in (step_scan_both_kernel,) if plan.limit < 0 else (chunk_scan_both_kernel, step_scan_both_kernel):
         key = (kernel.fn, plan, part, reverse, turned, layouts)
@@ -127,25 +170,26 @@ def _launch(
             _, T, H, X = z.shape
             numbers = (
                 T, plan.length, plan.segments, H, X, w.shape[-1], config.chunk, config.block_k, config.block_v, reverse,
-                part, turned, T % config.chunk == 0,
+                part, turned, packed is None and T % config.chunk == 0,
             )  # fmt: skip
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             if kernel is step_scan_both_kernel:
                 options = STEP_OPTIONS
-            launch = Launch(kernel, z.device, (_programs(plan, z, w),), numbers, **options)
+            launch = Launch(kernel, z.device, (_programs(plan, z, w, packed),), numbers, **options)
             remember(_launches, key, launch)
         launch(*tensors, *map(float, scales), float(plan.limit))
 
 
-def _programs(plan: Plan, z: Tensor, w: Tensor) -> int:
-    return z.shape[0] * plan.segments * z.shape[2] * triton.cdiv(w.shape[-1], plan.config.block_v)
+def _programs(plan: Plan, z: Tensor, w: Tensor, packed: Part | None) -> int:
+    segments = z.shape[0] * plan.segments if packed is None else packed.table.shape[0]
+    return segments * z.shape[2] * triton.cdiv(w.shape[-1], plan.config.block_v)
 
 
-def _ranges(plan: Plan, z: Tensor, w: Tensor) -> Tensor | None:
+def _ranges(plan: Plan, z: Tensor, w: Tensor, packed: Part | None) -> Tensor | None:
     """Where a pass over z and w leaves the largest range each program met."""
     if plan.limit < 0:
         return None
-    return torch.empty(_programs(plan, z, w), dtype=torch.float32, device=z.device)
+    return torch.empty(_programs(plan, z, w, packed), dtype=torch.float32, device=z.device)
 
 
 def chunk_forward(
@@ -181,6 +225,48 @@ def chunk_backward(
         return _backward(plan, operands, _contiguous(initial_state), scale, _contiguous(dht))
 
 
+def packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor, initial_state: Tensor | None, scale: float,
+    cu_seqlens: Tensor, *, config: Config | None = None, limit: float | None = None, longest: int | None = None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Outputs [1, T, H, V] in q's dtype and the final states in float32; None where there is no table.
+
+    `longest` asks for segments of so many steps at most, `config` and `limit` as in `chunk_forward`. Raises ValueError
+    for dtypes, sizes or shapes that do not fit, and for sequences that are empty or do not end at T.
+    """
+    plan = _plan(q, k, v, g, gv, config, limit, 1)
+    if not fits_table(q):
+        return None
+    with torch.cuda.device_of(q):
+        packing = _pack(plan, q, v, cu_seqlens, longest)
+        operands = tuple(x.contiguous() for x in (q, k, v, g, gv))
+        return _forward(plan, operands, _contiguous(initial_state), scale, packing)
+
+
+def packed_backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor, initial_state: Tensor | None, scale: float,
+    cu_seqlens: Tensor, do: Tensor | None, dht: Tensor | None, *, config: Config | None = None,
+    limit: float | None = None, longest: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """Gradients (dq, dk, dv, dg, dgv, dh0), the last three in float32; None where there is no table, or the scale, by
+    which the reverse passes divide, is zero. Arguments and errors as for `packed_forward`.
+    """
+    plan = _plan(q, k, v, g, gv, config, limit, 1)
+    if not fits_table(q) or scale == 0:
+        return None
+    with torch.cuda.device_of(q):
+        packing = _pack(plan, q, v, cu_seqlens, longest)
+        do = torch.zeros_like(v) if do is None else do.to(q.dtype)
+        operands = tuple(x.contiguous() for x in (q, k, v, g, gv, do))
+        return _backward(plan, operands, _contiguous(initial_state), scale, _contiguous(dht), packing)
+
+
+def _pack(plan: Plan, q: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int | None) -> Packing:
+    _, T, H, K = q.shape
+    cut = _cutting(H, K, v.shape[-1], q.device, plan.config)
+    return pack(sequence_bounds(cu_seqlens, T), q.device, state_chunk=plan.config.chunk, longest=longest, **cut)
+
+
 def _plan(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, gv: Tensor, config: Config | None, limit: float | None,
     segments: int | None,
@@ -201,12 +287,16 @@ def _plan_sizes(
     config = config or both_config(device_arch(device), max(K, V))
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    if segments is None:  # a program has a multiprocessor to itself
-        programs = max(1, B * H) * triton.cdiv(min(K, V), config.block_v)
-        room = multiprocessors(device)
-        segments = segment_count(T, steps=T, programs=programs, chunk=config.chunk, room=room, resident=1)
+    if segments is None:
+        segments = segment_count(T, steps=T, **_cutting(max(1, B * H), K, V, device, config))
     length = triton.cdiv(triton.cdiv(T, config.chunk), segments) * config.chunk
     return Plan(config, limit, triton.cdiv(T, length), length)
+
+
+def _cutting(heads: int, K: int, V: int, device: torch.device, config: Config) -> dict[str, int]:
+    """What `segment_count` is told of a device whose multiprocessors have a program each."""
+    programs = heads * triton.cdiv(min(K, V), config.block_v)
+    return dict(programs=programs, chunk=config.chunk, room=multiprocessors(device), resident=1)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

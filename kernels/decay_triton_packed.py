@@ -11,12 +11,10 @@ from torch import Tensor
 from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_fused import Scans, pack_scans, plan_scans, scan_backward, scan_forward
 from fla_compile.kernels.decay_heads import output_heads
+from fla_compile.kernels.decay_segments import fits_table
 from fla_compile.kernels.packed import sequence_bounds
 
 __all__ = ["packed_backward", "packed_forward"]
-
-# Steps in a table are int32.
-MOST_STEPS = 2**31
 
 
 def packed_forward(
@@ -38,7 +36,7 @@ def packed_forward(
     """
     heads = output_heads(q, k, v, g, initial_state)
     kind = check_shapes(q, k, v, g, heads=heads)
-    if not _fits(q):
+    if not fits_table(q):
         return None
     with torch.cuda.device_of(q):
         scans = scans or plan_scans(q, v, kind, heads=heads)
@@ -69,7 +67,7 @@ def packed_backward(
     """
     heads = output_heads(q, k, v, g, initial_state)
     kind = check_shapes(q, k, v, g, heads=heads)
-    if not _fits(q) or scale == 0:
+    if not fits_table(q) or scale == 0:
         return None
     with torch.cuda.device_of(q):
         scans = scans or plan_scans(q, v, kind, heads=heads, need_dg=need_dg)
@@ -80,10 +78,6 @@ def packed_backward(
         do = v.new_zeros(*v.shape[:2], heads, v.shape[-1]) if do is None else do.to(q.dtype).contiguous()
         h0, dht = _contiguous(initial_state), _contiguous(dht)
         return scan_backward(scans, q, k, v, _contiguous(g), h0, scale, do, dht, need_dg=need_dg, packing=packing)
-
-
-def _fits(q: Tensor) -> bool:
-    return q.shape[2] > 0 and q.shape[1] < MOST_STEPS
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

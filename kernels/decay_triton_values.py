@@ -17,6 +17,8 @@ and under a decay over keys, with queries q' = do, keys k' = v, values v' = k an
 
 so that D = E^T, and o = dq', dq = o', dk = dv', dv = dk', dgv = dg'; states and their gradients are transposed. The
 forward is the pass for dq' alone; the backward has all of them, since dgv sums shares of dq' = o before it is rounded.
+
+Packed sequences run as they lie, as in `decay_triton_packed`: B = 1, states [N, H, K, V], cu_seqlens [N + 1].
 """
 
 import torch
@@ -24,13 +26,15 @@ from torch import Tensor
 
 from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_configs import Config
-from fla_compile.kernels.decay_fused import Scans, plan_scans, scan_backward, scan_query_grad
+from fla_compile.kernels.decay_fused import Scans, pack_scans, plan_scans, scan_backward, scan_query_grad
+from fla_compile.kernels.decay_segments import fits_table
 from fla_compile.kernels.decay_triton import launch_outputs
 from fla_compile.kernels.decay_triton_bwd import launch_gradients
 from fla_compile.kernels.decay_triton_common import launch_key_scores, launch_states, plan_launch
 from fla_compile.kernels.decay_triton_grads import launch_query_grads
+from fla_compile.kernels.packed import sequence_bounds
 
-__all__ = ["chunk_backward", "chunk_forward"]
+__all__ = ["chunk_backward", "chunk_forward", "packed_backward", "packed_forward"]
 
 
 def chunk_forward(
@@ -102,6 +106,71 @@ def chunk_backward(
             a = launch_key_scores(plan, do, v, gv)
             dq = launch_outputs(plan, do, v, k, gv, a, h, scale)
             _, dv, dk, dgv = launch_gradients(plan, do, v, k, gv, a, h, scale, q, dht, dh0)
+    assert dgv is not None
+    return dq, dk, dv, dgv, _transposed(dh0)
+
+
+def packed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gv: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    *,
+    scans: Scans | None = None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Outputs [1, T, H, V] in q's dtype and the final states in float32; None where there is no fused launch.
+
+    `scans`, for keys v and values k, and `longest`, the most steps of a segment, are asked for in place of the table's
+    choice. Raises ValueError for dtypes, sizes or shapes that do not fit, and for sequences that are empty or do not
+    end at T.
+    """
+    kind = _check(q, k, v, gv)
+    if not fits_table(q):
+        return None
+    with torch.cuda.device_of(q):
+        scans = scans or plan_scans(v, k, kind)
+        if scans is None:
+            return None
+        packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
+        q, k, v, gv = (x.contiguous() for x in (q, k, v, gv))
+        o, ht = scan_query_grad(scans, v, k, gv, _transposed(initial_state), scale, q, packing=packing)
+    return o, ht.mT.contiguous()
+
+
+def packed_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gv: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    do: Tensor | None,
+    dht: Tensor | None,
+    *,
+    scans: Scans | None = None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None:
+    """Gradients (dq, dk, dv, dgv, dh0), dgv and dh0 in float32; None where there is no fused launch, as for a scale
+    of zero, which it divides by. Arguments and errors as for `packed_forward`.
+    """
+    kind = _check(q, k, v, gv)
+    if not fits_table(q) or scale == 0:
+        return None
+    with torch.cuda.device_of(q):
+        scans = scans or plan_scans(v, k, kind)
+        if scans is None:
+            return None
+        packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
+        do = torch.zeros_like(v) if do is None else do.to(q.dtype)
+        q, k, v, gv, do = (x.contiguous() for x in (q, k, v, gv, do))
+        states = _transposed(initial_state), scale, q, _transposed(dht)
+        dq = torch.empty_like(q)
+        _, dv, dk, dgv, dh0 = scan_backward(scans, do, v, k, gv, *states, need_dg=True, o=dq, packing=packing)
     assert dgv is not None
     return dq, dk, dv, dgv, _transposed(dh0)
 

@@ -5,7 +5,8 @@
 q, k [B, T, H, K]; v [B, T, H, V]; g None or [B, T, H, K]; gv [B, T, H, V]; the state [B, H, K, V]. CPU runs the chunks
 of `decay_cpu` in matrix products. For a decay over values alone CUDA runs `decay_triton_values`, up to K = 512 and
 V = 256; for both decays `decay_triton_both`, in two bytes and up to 128 of either; forward over few steps
-`decay_step_triton` where that is checked; and matrix products for the rest.
+`decay_step_triton` where that is checked; and matrix products for the rest. Packed sequences run in Triton's kernels as
+they lie, in two bytes, and are gathered elsewhere (`packed`).
 """
 
 from typing import Any
@@ -103,4 +104,44 @@ def _backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> tuple[Tensor |
 
 
 register_autograd(gla_values, _backward, setup_context=_setup_context)
-gla_values_packed = register_packed(gla_values, _setup_context, _backward)
+
+
+def _forward_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    kernels = value_kernels_for(q, v) if g is None else both_kernels_for(q, v)
+    gates = (gv,) if g is None else (g, gv)
+    return None if kernels is None else kernels.packed_forward(q, k, v, *gates, initial_state, scale, cu_seqlens)
+
+
+def _backward_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gv: Tensor,
+    initial_state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor,
+    do: Tensor | None,
+    dht: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...] | None:
+    kernels = value_kernels_for(q, v) if g is None else both_kernels_for(q, v)
+    if kernels is None:
+        return None
+    gates = (gv,) if g is None else (g, gv)
+    grads = kernels.packed_backward(q, k, v, *gates, initial_state, scale, cu_seqlens, do, dht)
+    return grads if g is not None or grads is None else (*grads[:3], None, *grads[3:])
+
+
+gla_values_packed = register_packed(
+    gla_values, _setup_context, _backward, forward_packed=_forward_packed, backward_packed=_backward_packed
+)

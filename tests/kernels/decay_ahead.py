@@ -23,7 +23,7 @@ from fla_compile.kernels.decay_configs import TABLE
 
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
-WIDE |= {"p_u", "p_sums", "p_carry", "p_bonus", "p_own", "p_du"}
+WIDE |= {"p_u", "p_gv", "p_sums", "p_carry", "p_bonus", "p_own", "p_du"}
 NO_SUMS = "p_e", "p_h", "p_sums", "p_carry"
 # Of the heads, how many share an operand; and that the state is read after the update.
 ORDINARY = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1) | {"BEFORE": False}

@@ -75,17 +75,25 @@ def naive_packed(case, x, cu_seqlens, dtype):
     return {"o": o.detach(), "final_state": final.detach()} | dict(zip((f"d{n}" for n in leaves), grads, strict=True))
 
 
+def each_of(case, x, cu_seqlens):
+    """The case and the inputs of every sequence."""
+    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        given = {m: y for m in ("q", "k", "v", "g", "gv", "do") if (y := getattr(x, m)) is not None}
+        rows = {m: y[:, start:end] for m, y in given.items() if y.ndim > 1}
+        states = {m: getattr(x, m)[n : n + 1] for m in ("h0", "dht")}
+        yield dataclasses.replace(case, T=end - start), dataclasses.replace(x, **rows, **states)
+
+
+def joined(found):
+    """Results by name of sequences end to end, from those of each."""
+    return {m: torch.cat([y[m] for y in found], 0 if m in ("final_state", "dh0") else 1) for m in found[0]}
+
+
 def narrow_packed(case, x, cu_seqlens, dtype):
     """`narrow_results` of each sequence; the gradient of a gate that sequences share is the sum of theirs."""
-    found = []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        rows = {m: getattr(x, m)[:, start:end] for m in ("q", "k", "v", "do")}
-        states = {m: getattr(x, m)[n : n + 1] for m in ("h0", "dht")}
-        g = x.g if x.g is None or x.g.ndim == 1 else x.g[:, start:end]
-        one = dataclasses.replace(case, T=end - start)
-        found.append(narrow_results(one, dataclasses.replace(x, g=g, **rows, **states), dtype))
+    found = [narrow_results(*one, dtype) for one in each_of(case, x, cu_seqlens)]
     whole = {"dg": sum(y.pop("dg") for y in found)} if case.family == "retention" else {}
-    return {m: torch.cat([y[m] for y in found], 0 if m in ("final_state", "dh0") else 1) for m in found[0]} | whole
+    return joined(found) | whole
 
 
 def check_packed(case, x, cu_seqlens, dtype, got):
@@ -278,8 +286,9 @@ def joints_of(row, kind):
         absent = dict.fromkeys(("p_x", "p_y", "p_s0", "p_u"))
         yield kernel, constants | absent | dict(OUTPUT=False, HAS_S0=False)
     sizes = dict(K=row.size, V=row.size, BLOCK=1024, DECAY=decay_triton_common.KINDS[kind])
-    for reverse in (False, True):
-        yield decay_segments.chain_joints_kernel, dict(sizes, REVERSE=reverse, HAS_S0=True)
+    for absent in ({"p_gv": None}, *([{}] if kind == "vector" else [])):  # a gate over values beside it
+        for reverse in (False, True):
+            yield decay_segments.chain_joints_kernel, dict(sizes, REVERSE=reverse, HAS_S0=True, **absent)
 
 
 @pytest.mark.parametrize(("row", "kind", "whole"), list(ahead_of_time()))
