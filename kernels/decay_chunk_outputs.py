@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_chunk_gates import load_masked
-from fla_compile.kernels.decay_scan import load_tile, store_tile, tile_mask
 from fla_compile.kernels.decay_scan_gates import channel_sums, exact_scores, from_middle, load_gates
 from fla_compile.kernels.decay_scan_sums import halves
 from fla_compile.kernels.decay_segments import chunk_of
+from fla_compile.kernels.decay_tiles import load_tile, store_tile, tile_mask
 
 __all__ = ["chunk_outputs_kernel"]
 

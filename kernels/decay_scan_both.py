@@ -37,21 +37,11 @@ dq, k and dk. The pass for dq (or o) writes q dq and S, the pass for dk (or dv) 
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan import (
-    KEYS,
-    LONG,
-    QUERIES,
-    chunk_at,
-    load_state,
-    load_tile,
-    segment_program,
-    store_state,
-    store_tile,
-    tile_mask,
-)
+from fla_compile.kernels.decay_scan import KEYS, LONG, QUERIES, chunk_at, segment_program
 from fla_compile.kernels.decay_scan_both_grown import chunk_grows, load_row_gates, paths_of_queries
 from fla_compile.kernels.decay_scan_gates import load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import add_both, halves, sums_before
+from fla_compile.kernels.decay_tiles import load_state, load_tile, store_state, store_tile, tile_mask
 
 __all__ = ["chunk_scan_both_kernel", "step_scan_both_kernel"]
 
