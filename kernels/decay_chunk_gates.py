@@ -29,19 +29,11 @@ times the bonus u, whose gradient is the sum of (do_i . v_i) q_i k_i, and the pa
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan import (
-    chunk_at,
-    first_state,
-    load_tile,
-    store_last,
-    store_state,
-    store_tile,
-    tile_mask,
-    walk_program,
-)
+from fla_compile.kernels.decay_scan import chunk_at, first_state, store_last, walk_program
 from fla_compile.kernels.decay_scan_gates import channel_sums, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import add_both, halves, sums_before
 from fla_compile.kernels.decay_segments import chunk_of
+from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, tile_mask
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]

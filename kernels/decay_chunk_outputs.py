@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_chunk_gates import load_masked
-from fla_compile.kernels.decay_scan import load_tile, store_tile, tile_mask
 from fla_compile.kernels.decay_scan_gates import (
     channel_sums,
     exact_scores,
@@ -25,6 +24,7 @@ from fla_compile.kernels.decay_scan_gates import (
 )
 from fla_compile.kernels.decay_scan_sums import halves, sums_before
 from fla_compile.kernels.decay_segments import chunk_of
+from fla_compile.kernels.decay_tiles import load_tile, store_tile, tile_mask
 
 __all__ = ["chunk_outputs_kernel"]
 

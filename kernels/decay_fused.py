@@ -6,8 +6,9 @@ Every pass keeps its state on chip and walks time once; one program holds a bloc
 key the output is one, for up to 128 keys, and dv where its chunks are as long as those of states (`decay_fused_gates`);
 all else comes from states at the chunks' ends. Where programs are too few to fill the device, time is cut into
 segments: a first pass sums up what each segment adds to the state, the sums are chained to the state before each
-segment, and the segments then run side by side. Packed sequences are such segments too, of any length: operands are [1,
-T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
+segment, and the segments then run side by side. Where time is short there are no such sums: each program walks what is
+before its segment too, for the state alone (a run-up). Packed sequences are segments too, of any length: operands are
+[1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
 
 H is the number of heads of the output; operands that neighbours share have fewer (`decay_heads`) and are read where
 they lie. Their gradients are written for all H, in the operands' dtype, and summed after.
@@ -76,6 +77,7 @@ def _launch(
             plan.T, plan.length, plan.segments, plan.H, z.shape[-1], w.shape[-1], config.chunk, config.block_k,
             config.block_v, KINDS[plan.kind], part, reverse, y is not None, st is not None, tall, s0 is not None,
             packed is None and plan.T % config.chunk == 0, plan.precision, *shares(plan.H, x, z, w, g, e),
+            packed is None and plan.runup,
         )  # fmt: skip
         programs = segments_of(plan, packed) * plan.H * ceil_div(w.shape[-1], config.block_v)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -188,7 +190,7 @@ def scan_forward(
     packed = None
     if packing is not None:
         packed = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
-    elif plan.segments > 1:
+    elif plan.chained:
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
     scales = 1.0, scale, 1.0
     if plan.kind == "vector":
@@ -215,7 +217,7 @@ def scan_query_grad(
     packed = None
     if packing is not None:
         packed = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
-    elif plan.segments > 1:
+    elif plan.chained:
         h0, final = _chain(plan, k, v, g, h0, ht, reverse=False, s_in=1.0, s_st=1.0), None
     h = new_states(plan, k, packing)
     launch_states(plan, k, v, g, reverse=False, s0=h0, st=final, h=h, packed=packed)
@@ -271,7 +273,7 @@ def _launch_backward(
     if packing is not None:
         ahead = _packed_chain(plan, packing, k, v, g, h0, reverse=False, s_in=1.0)
         back = _packed_chain(plan, packing, q, do, g, dht, reverse=True, s_in=down)
-    elif plan.segments > 1:
+    elif plan.chained:
         h0 = _chain(plan, k, v, g, h0, None, reverse=False, s_in=1.0, s_st=1.0)
         dht = _chain(plan, q, do, g, dht, dh0, reverse=True, s_in=down, s_st=scale)
         down, final = 1.0, None

@@ -18,6 +18,9 @@ __all__ = ["FEW_STEPS", "Scans", "pack_scans", "plan_scans"]
 RESIDENT = 2
 # Steps of the shortest segment, of chunks up to 32 and of longer ones, whose states cost less beside them.
 SHORTEST = 128, 64
+# Steps of the longest sequence with run-ups in place of a chain, whose two launches more take less time from some
+# length on. To be measured by `benchmarks/kernels.py`.
+RUNUP_STEPS = 512
 # So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
 FEW_STEPS = 16
 
@@ -28,7 +31,8 @@ class Scans:
 
     Under a gate a key no pass is `tall`: `states` leaves the states at the ends of chunks, or `wide` does, from which
     `chunks` makes outputs and `tall` gradients, a chunk a program. Where no pass holds K rows, `wide` is `chunks`.
-    Where outputs alone are planned, `tall` is `wide`.
+    Where outputs alone are planned, `tall` is `wide`. With `runup` each segment's program walks what is before it too,
+    and no states of segments are chained.
     """
 
     B: int
@@ -44,7 +48,13 @@ class Scans:
     limit: float
     states: Config | None = None
     chunks: Config | None = None
+    runup: bool = False
     before: bool = False  # the state is read before a step's update, as RWKV-6 does
+
+    @property
+    def chained(self) -> bool:
+        """Segments begin with states that other launches leave."""
+        return self.segments > 1 and not self.runup
 
     @property
     def held(self) -> bool:
@@ -63,25 +73,29 @@ class Scans:
 
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
-               segments: int | None = None, wide: Config | None = None, tall: Config | None = None,
-               forward: bool = False, need_dg: bool = False, before: bool = False) -> Scans | None:  # fmt: skip
+               segments: int | None = None, runup: bool | None = None, wide: Config | None = None,
+               tall: Config | None = None, forward: bool = False, need_dg: bool = False,
+               before: bool = False) -> Scans | None:  # fmt: skip
     """None where there is no configuration for these operands; `heads` of the output, those of q if None.
 
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient;
-    `before`, a gate a key whose state is read before the update.
+    `before`, a gate a key whose state is read before the update. `segments` and `runup` are asked for in place of the
+    rule's choice; segments asked for alone have no run-up. Raises ValueError for a run-up under a gate a key.
     """
+    if runup and kind == "vector":
+        raise ValueError(f"a gate a key has no run-up, got runup={runup} and kind={kind!r}")
     grads = need_dg and kind in ("constant", "scalar")
     launches = ["wide", *["states", "chunks"] * (kind == "vector"), *["grads" if grads else "tall"] * (not forward)]
     B, T, H, K = q.shape
     sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall)
-    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, given, tuple(launches), before)
+    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, runup, given, tuple(launches), before)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
-    limit: float | None, segments: int | None, given: tuple[Config | None, Config | None], launches: tuple[str, ...],
-    before: bool,
+    limit: float | None, segments: int | None, runup: bool | None, given: tuple[Config | None, Config | None],
+    launches: tuple[str, ...], before: bool,
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
     found: dict[str, Config] = {}
@@ -107,11 +121,18 @@ def _plan(
     chunk = _chunk(wide, tall, states)
     if segments is None:
         cut = _cutting(device, H, K, V, wide, tall, states)
-        segments = segment_count(T, steps=B * T, **cut)
+        if runup is None:
+            runup = T <= RUNUP_STEPS and kind != "vector"
+        if runup:  # of one chunk at least, which may be the last and not whole
+            whole = triton.cdiv(T, chunk) * chunk
+            segments = segment_count(whole, steps=B * whole, fewest=2, **cut | dict(shortest=chunk))
+        else:
+            segments = segment_count(T, steps=B * T, **cut)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks, before)
+    runup = bool(runup) and segments > 1
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks, runup, before)
 
 
 def _chunk(wide: Config, tall: Config, states: Config | None) -> int:

@@ -19,8 +19,9 @@ In chunks of C rows, with c_i the sum of g from the start of the chunk to row i 
 All exponents are <= 0 where g <= 0.
 
 Time may be cut into segments of L steps, each its own program with its own initial state, or into those of a table of
-packed sequences (`decay_segments`). The passes for dq and dk also write what the decay's gradient is made of
-(`decay_scan_sums`).
+packed sequences (`decay_segments`). With a *run-up* a program begins with the state of its sequence and walks what is
+before its segment, in reverse after it, for the state alone. The passes for dq and dk also write what the decay's
+gradient is made of (`decay_scan_sums`).
 Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
 """
 
@@ -29,6 +30,16 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_scan_sums import SUMS, halves
 from fla_compile.kernels.decay_segments import COLUMNS
+from fla_compile.kernels.decay_tiles import (
+    load_state,
+    load_tile,
+    product,
+    steps,
+    store_state,
+    store_tile,
+    tile_mask,
+    turn,
+)
 from fla_compile.kernels.decay_triton_common import (
     CONSTANT_DECAY,
     LOG2_E,
@@ -46,14 +57,9 @@ __all__ = [
     "chunk_at",
     "chunk_scan_kernel",
     "first_state",
-    "load_state",
-    "load_tile",
     "packed_program",
     "segment_program",
     "store_last",
-    "store_state",
-    "store_tile",
-    "tile_mask",
     "walk_program",
 ]
 
@@ -177,78 +183,75 @@ def store_last(
 
 
 @triton.jit
-def tile_mask(m_row, o_col, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """None where a tile [rows, columns] lies inside its array: masks cost registers. EVEN: all rows do."""
-    m_x = None
-    if WIDTH % BLOCK != 0:
-        m_x = (o_col < WIDTH)[None, :]
-        if not EVEN:
-            m_x = m_row[:, None] & m_x
-    elif not EVEN:
-        m_x = m_row[:, None]
-    return m_x
-
-
-@triton.jit
-def load_tile(p_x, o_row, o_col, m_x, WIDTH: tl.constexpr):
-    p_t = p_x + (o_row * WIDTH)[:, None] + o_col[None, :]
-    if m_x is None:
-        return tl.load(p_t)
-    else:
-        return tl.load(p_t, mask=m_x, other=0.0)
-
-
-@triton.jit
-def store_tile(p_x, b_x, o_row, o_col, m_x, WIDTH: tl.constexpr):
-    tl.store(p_x + (o_row * WIDTH)[:, None] + o_col[None, :], b_x.to(p_x.dtype.element_ty), mask=m_x)
-
-
-@triton.jit
-def load_state(p_s, i_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Tile [BX, BW] of state number i_s, an array [X, W], or [W, X] if TRANSPOSED, in float32."""
-    if TRANSPOSED:
-        p_t = p_s + i_s * (X * W) + o_x[:, None] + (o_w * X)[None, :]
-    else:
-        p_t = p_s + i_s * (X * W) + (o_x * W)[:, None] + o_w[None, :]
-    if m_s is None:
-        return tl.load(p_t).to(tl.float32)
-    else:
-        return tl.load(p_t, mask=m_s, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
-    p_t = p_s + i_s * (X * W) + (o_x * W)[:, None] + o_w[None, :]
-    tl.store(p_t, b_s.to(p_s.dtype.element_ty), mask=m_s)
-
-
-@triton.jit
-def turn(b_x, TURNED: tl.constexpr):
-    return tl.trans(b_x) if TURNED else b_x
-
-
-@triton.jit
-def steps(b_x, TURNED: tl.constexpr):
-    """b_x [C] along the later and the earlier steps of a tile [later, earlier]."""
-    if TURNED:
-        return b_x[None, :], b_x[:, None]
-    else:
-        return b_x[:, None], b_x[None, :]
-
-
-@triton.jit
-def product(b_x, b_y, b_sum, TURNED: tl.constexpr, PRECISION: tl.constexpr):
-    """x y + sum; where TURNED, the sum comes and goes transposed."""
-    if TURNED:
-        return tl.dot(tl.trans(b_y), tl.trans(b_x), b_sum, input_precision=PRECISION)
-    else:
-        return tl.dot(b_x, b_y, b_sum, input_precision=PRECISION)
-
-
-@triton.jit
 def store_sums(p_r, b_y, b_e, s_y, m_r, TURNED: tl.constexpr):
     """The rows' sums of y e over the columns."""
     tl.store(p_r, tl.sum(turn(b_y, TURNED) * b_e, 1) * s_y, mask=m_r)
+
+
+@triton.jit
+def chunk_factors(
+    p_g, s_g, b_total, i_row, i_h, t_0, t_e, o_c, m_c,
+    H: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, EVEN: tl.constexpr, RG: tl.constexpr,
+):  # fmt: skip
+    """b_total + L and c_i in base 2, where each row has its decay, then e^L, e^{c_i} and e^{L - c_i} of a chunk; s_g is
+    a constant decay in base 2."""
+    if DECAY == CONSTANT_DECAY:
+        n_r = C if EVEN else tl.minimum(t_e - t_0, C)
+        b_r = tl.minimum(o_c + 1, n_r)
+        return 0.0, 0.0, tl.exp2(n_r * s_g), tl.exp2(b_r * s_g), tl.exp2((n_r - b_r) * s_g)
+    elif DECAY == ROW_DECAY:
+        b_g, _, s_g, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, DECAY, False)
+        b_total += s_g
+        b_g, s_g = b_g * LOG2_E, s_g * LOG2_E
+        return b_total, b_g, tl.exp2(s_g), tl.exp2(b_g), tl.exp2(s_g - b_g)
+    else:
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def decayed_chunk(b_s, b_w, b_all, b_up, b_down, DECAY: tl.constexpr, REVERSE: tl.constexpr):
+    """The state and the rows w that it is to take in, decayed up to the end that the walk leaves the chunk by."""
+    if DECAY != NO_DECAY:
+        if REVERSE:
+            b_w = (b_w * b_up[:, None]).to(b_w.dtype)
+        else:
+            b_w = (b_w * b_down[:, None]).to(b_w.dtype)
+        b_s *= b_all
+    return b_s, b_w
+
+
+@triton.jit
+def run_up(
+    p_z, p_w, p_g, b_s, s_g, i_seq, i_h, t_a, t_e, T, o_c, o_x, o_w,
+    H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    RZ: tl.constexpr, RW: tl.constexpr, RG: tl.constexpr,
+):  # fmt: skip
+    """The state before the segment of steps t_a to t_e, from that of the sequence."""
+    # forward all chunks before a segment are whole
+    WHOLE: tl.constexpr = EVEN or not REVERSE
+    t_b, t_n = 0, t_a
+    if REVERSE:
+        t_b, t_n = t_e, T
+    n_c = tl.cdiv(t_n - t_b, C)
+    for i_n in range(n_c):
+        _, t_0, i_row = chunk_at(i_n, n_c, t_b, i_seq, H, C, REVERSE)
+        m_c = t_0 + o_c < t_n
+        b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, tile_mask(m_c, o_x, X, BX, WHOLE), X)
+        b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, tile_mask(m_c, o_w, W, BW, WHOLE), W)
+        _, _, b_all, b_up, b_down = chunk_factors(
+            p_g, s_g, 0.0, i_row, i_h, t_0, t_n, o_c, m_c, H, C, DECAY, WHOLE, RG
+        )  # fmt: skip
+        b_s, b_w = decayed_chunk(b_s, b_w, b_all, b_up, b_down, DECAY, REVERSE)
+        b_s = product(tl.trans(b_z), b_w, b_s, TURNED, PRECISION)
+    return b_s
+
+
+@triton.jit
+def sequence_state(n_s, H: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
+    """The number of a program's sequence and head together, whatever its segment."""
+    i_nh = tl.program_id(0) // tl.cdiv(W, BW)
+    return (i_nh // H // n_s).to(tl.int64) * H + i_nh % H
 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s"])
@@ -258,13 +261,15 @@ def chunk_scan_kernel(
     DECAY: tl.constexpr, PART: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, FINAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1, RE: tl.constexpr = 1,
+    RUNUP: tl.constexpr = False,
 ):  # fmt: skip
     """BX covers X. Without OUTPUT only the final state is written, to p_st, and the segment's decay to p_gt.
 
     The initial state is read times s_in, y is written times s_y, the final state times s_st. Packed sequences have a
     table, and states p_u where their segments meet if any does. As QUERIES or KEYS the pass has its queries or keys in
     p_e, and leaves sums of each row, the state before each chunk, p_h, which lies as the registers do, and sums of it
-    with its gradient. R.: of the H heads of y, neighbours that share one of x, z, w, g or e.
+    with its gradient. R.: of the H heads of y, neighbours that share one of x, z, w, g or e. With RUNUP the initial and
+    the final state are those of sequences, not of segments.
     """
     if p_table is None:
         i_w, i_nh, i_h, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
@@ -280,18 +285,27 @@ def chunk_scan_kernel(
     o_x = tl.arange(0, BX)
     o_w = i_w * BW + tl.arange(0, BW)
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
-    b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
+    i_0 = i_nh
+    if RUNUP:
+        i_0 = sequence_state(n_s, H, W, BW)
+    b_s = first_state(p_s0, p_table, p_u, i_0, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, TRANSPOSED, HAS_S0)
     b_s = turn(b_s, TURNED)
     b_total = 0.0
+    s_g = None
     if DECAY == CONSTANT_DECAY:
         # products with numbers of rows, which round once, where sums would round at every row; all decays in base 2
         s_g = as_decay(tl.load(p_g + i_h // RG))
         if not OUTPUT:
             tl.store(p_gt + i_nh, (t_e - t_a) * s_g, mask=i_w == 0)
         s_g *= LOG2_E
-        if OUTPUT:
-            o_i, o_j = steps(o_c, TURNED != REVERSE)
-            b_f = tl.exp2((o_i - o_j) * s_g)
+    if RUNUP:
+        b_s = run_up(
+            p_z, p_w, p_g, b_s, s_g, i_seq, i_h, t_a, t_e, T, o_c, o_x, o_w,
+            H, X, W, C, BX, BW, DECAY, REVERSE, EVEN, TURNED, PRECISION, RZ, RW, RG,
+        )  # fmt: skip
+    if DECAY == CONSTANT_DECAY and OUTPUT:
+        o_i, o_j = steps(o_c, TURNED != REVERSE)
+        b_f = tl.exp2((o_i - o_j) * s_g)
     if PART != PLAIN:
         NW: tl.constexpr = tl.cdiv(W, BW)
         N: tl.constexpr = BW if TURNED else BX
@@ -302,11 +316,12 @@ def chunk_scan_kernel(
             m_h = m_s
         if p_table is None:
             i_state = i_nh * tl.cdiv(L, C)
-            i_bh = i_nh // H // n_s * H + i_h
+            i_bh = i_0 if RUNUP else i_nh // H // n_s * H + i_h
         else:
             i_bh = i_h.to(tl.int64)
         p_r = p_sums + ((i_bh * SUMS + (PART - 1)) * NW + i_w) * T
-    for i_n in range(n_c):
+    # what no step changes is not kept in registers: beside a run-up there are too few (`NOTES.md`)
+    for i_n in tl.range(n_c, disable_licm=RUNUP and PART != PLAIN):
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
@@ -322,19 +337,11 @@ def chunk_scan_kernel(
         if PART != PLAIN:
             b_e = load_tile(p_e + i_row // RE * W, o_c * (H // RE), o_w, m_w, W)
             m_r = None if EVEN else m_c
-        if DECAY == CONSTANT_DECAY:
-            n_r = C if EVEN else tl.minimum(t_e - t_0, C)
-            b_r = tl.minimum(o_c + 1, n_r)
-            b_all = tl.exp2(n_r * s_g)
-            b_up = tl.exp2(b_r * s_g)
-            b_down = tl.exp2((n_r - b_r) * s_g)
-        elif DECAY == ROW_DECAY:
-            b_g, _, s_g, _ = row_decay(p_g, i_row, i_h, o_c, m_c, H, RG, DECAY, False)
-            b_total += s_g
-            b_g, s_g = b_g * LOG2_E, s_g * LOG2_E
-            b_all = tl.exp2(s_g)
-            b_up = tl.exp2(b_g)
-            b_down = tl.exp2(s_g - b_g)
+        b_sum, b_g, b_all, b_up, b_down = chunk_factors(
+            p_g, s_g, b_total, i_row, i_h, t_0, t_e, o_c, m_c, H, C, DECAY, EVEN, RG
+        )  # fmt: skip
+        if DECAY == ROW_DECAY:
+            b_total = b_sum
         if OUTPUT:
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)
@@ -368,12 +375,7 @@ def chunk_scan_kernel(
                 else:
                     store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_h, X, W)
             store_tile(p_y + i_row * W, turn(b_y * s_y, TURNED), o_c * H, o_w, m_w, W)
-        if DECAY != NO_DECAY:
-            if REVERSE:
-                b_w = (b_w * b_up[:, None]).to(dtype)
-            else:
-                b_w = (b_w * b_down[:, None]).to(dtype)
-            b_s *= b_all
+        b_s, b_w = decayed_chunk(b_s, b_w, b_all, b_up, b_down, DECAY, REVERSE)
         if PART == KEYS:
             if TURNED:
                 b_h = load_state(p_h, i_state + i_c, o_w, o_x, m_h, W, X, False)
@@ -382,7 +384,11 @@ def chunk_scan_kernel(
             tl.store(p_carry + ((i_state + i_c) * NW + i_w) * N + o_n, tl.sum(b_h * b_s, 1) * s_y)
         b_s = product(tl.trans(b_z), b_w, b_s, TURNED, PRECISION)
     b_s = turn(b_s * s_st, TURNED)
-    if FINAL:
+    if RUNUP and FINAL:
+        is_last = t_a == 0 if REVERSE else t_e == T
+        if is_last:
+            store_state(p_st, i_0, b_s, o_x, o_w, m_s, X, W)
+    elif FINAL:
         store_last(p_st, p_table, i_nh, b_s, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not OUTPUT:
         if DECAY == ROW_DECAY:

@@ -43,18 +43,14 @@ from fla_compile.kernels.decay_scan import (
     QUERIES,
     chunk_at,
     first_state,
-    load_state,
-    load_tile,
     packed_program,
     segment_program,
     store_last,
-    store_state,
-    store_tile,
-    tile_mask,
 )
 from fla_compile.kernels.decay_scan_both_grown import chunk_grows, load_row_gates, paths_of_queries
 from fla_compile.kernels.decay_scan_gates import load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import add_both, halves, sums_before
+from fla_compile.kernels.decay_tiles import load_state, load_tile, store_state, store_tile, tile_mask
 
 __all__ = ["chunk_scan_both_kernel", "step_scan_both_kernel"]
 

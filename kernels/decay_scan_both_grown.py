@@ -13,8 +13,8 @@ over x and into the other factor, so that w_ij is out of range only where the st
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan import load_tile, tile_mask
 from fla_compile.kernels.decay_scan_gates import load_row
+from fla_compile.kernels.decay_tiles import load_tile, tile_mask
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 from fla_compile.kernels.decay_triton_grown import GROWTH
 

@@ -29,18 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan import (
-    LONG,
-    chunk_at,
-    first_state,
-    load_tile,
-    store_last,
-    store_state,
-    store_tile,
-    tile_mask,
-    walk_program,
-)
+from fla_compile.kernels.decay_scan import LONG, chunk_at, first_state, store_last, walk_program
 from fla_compile.kernels.decay_scan_sums import halves, sums_before
+from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, tile_mask
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 Each segment is a program with its own initial state. A first pass sums up what a segment adds to the state; the sums
 are chained, S' = e^G S + U with G the segment's log decay, to the state before each; then all segments run at once.
+Where a sequence is short a segment's program walks what is before it too instead, for the state alone: its *run-up*.
 
 Unpacked, all segments are of one length. Packed sequences have a table on the device, one row a segment, the longest
 first, so that no long one begins when the others end. A sequence of one segment starts from its own initial state and
@@ -204,17 +205,19 @@ def chain_joints(
 
 
 def segment_count(
-    length: int, *, steps: int, programs: int, chunk: int, room: int, resident: int, shortest: int | None = None
-) -> int:
+    length: int, *, steps: int, programs: int, chunk: int, room: int, resident: int, shortest: int | None = None,
+    fewest: int = FEWEST,
+) -> int:  # fmt: skip
     """Into how many segments to cut a sequence of `length` of all `steps`, with `programs` programs for each step.
 
     A device has room for so many programs, `resident` of them on a multiprocessor. What is more than `resident` times
-    as long as the work there is for each of that room is cut into pieces about that long, of `shortest` steps at least.
+    as long as the work there is for each of that room is cut into pieces about that long, of `shortest` steps at least,
+    where that makes `fewest` of them.
     """
     if length <= programs * steps // (room // resident):
         return 1
     count = min(length // (shortest or SHORTEST * chunk), length * room // (programs * steps))
-    return count if count >= FEWEST else 1
+    return count if count >= fewest else 1
 
 
 def fits_table(q: Tensor) -> bool:

@@ -13,14 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_compile.kernels.decay_fused import Scans, pack_scans, plan_scans, scan_backward_before, scan_forward
-from fla_compile.kernels.decay_segments import Packing, ceil_div
+from fla_compile.kernels.decay_segments import Packing, ceil_div, fits_table
 from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.packed import sequence_bounds
 
 __all__ = ["backward", "forward"]
 
-# Steps in a table are int32.
-MOST_STEPS = 2**31
 # Numbers of q and k that a program holds
 BLOCK = 8192
 
@@ -124,7 +122,7 @@ def _planned(
     q: Tensor, v: Tensor, cu_seqlens: Tensor | None, scans: Scans | None, longest: int | None
 ) -> tuple[Scans | None, Packing | None]:
     B, T, H, _ = q.shape
-    if B * H == 0 or (cu_seqlens is not None and T >= MOST_STEPS):
+    if B * H == 0 or not (cu_seqlens is None or fits_table(q)):
         return None, None
     scans = scans or plan_scans(q, v, "vector", before=True)
     if scans is None or cu_seqlens is None:

@@ -25,8 +25,8 @@ POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
 WIDE |= {"p_u", "p_gv", "p_sums", "p_carry", "p_bonus", "p_own", "p_du"}
 NO_SUMS = "p_e", "p_h", "p_sums", "p_carry"
-# Of the heads, how many share an operand; and that the state is read after the update.
-ORDINARY = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1) | {"BEFORE": False}
+# Of the heads, how many share an operand; segments begin with states of their own, read after a step's update.
+DEFAULTS = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1) | dict(RUNUP=False, BEFORE=False)
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch, where it sets aside up to twelve.
@@ -127,7 +127,7 @@ def gates_of(row, values=None, packed=False, bonus=False):
                     yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact)
 
 
-def passes_of(row, kind, values=None, packed=False):
+def passes_of(row, kind, values=None, packed=False, runup=False):
     if kind == "vector":
         return list(gates_of(row, values, packed))
     config, tall = TABLE[row][0], row.launch != "wide"
@@ -136,7 +136,7 @@ def passes_of(row, kind, values=None, packed=False):
         part = (1 + reverse) * tall
         meta = dict(
             H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,
-            REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse and not packed,
+            REVERSE=reverse, TRANSPOSED=tall, FINAL=not tall, EVEN=not reverse and not packed, RUNUP=runup,
         )  # fmt: skip
         if not packed:
             meta.update(p_table=None, p_u=None)
@@ -152,7 +152,7 @@ def compile_kernel(kernel, constants, row, kind, precision):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    config, constants = TABLE[row][0], ORDINARY | dict(constants, PRECISION=precision)
+    config, constants = TABLE[row][0], DEFAULTS | dict(constants, PRECISION=precision)
     wide = set(WIDE)
     if kind == "vector" and kernel is decay_triton_grads.chunk_query_key_grad_kernel:
         wide |= {"p_dq", "p_dk"}

@@ -205,7 +205,7 @@ GATES = {"linear_attention": None, "retention": (4,), "simple_gla": (2, "T", 4),
 INNER = decay_fused.scan_forward, decay_fused._launch_backward
 
 
-@pytest.mark.parametrize("T", [8, 256])
+@pytest.mark.parametrize("T", [8, 256, 1024])
 @pytest.mark.parametrize(("family", "D"), [*((family, 64) for family in GATES), ("gla", 128), ("gla", 200)])
 def test_decayed_ops(family, D, T, monkeypatch):
     """Recorded and not, both directions are told the same, with and without states, and where heads share operands."""
@@ -246,8 +246,8 @@ def test_decayed_ops(family, D, T, monkeypatch):
         monkeypatch.setattr(decay_triton, "scan_forward", scan_forward)
         monkeypatch.setattr(decay_fused, "_launch_backward", launch_backward)
 
-    segments = plan_scans(torch.zeros(2, T, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 64), "none").segments
-    assert (segments > 1) == (T == 256)
+    scans = plan_scans(torch.zeros(2, T, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 64), "none")
+    assert (scans.runup, scans.chained) == (T == 256, T == 1024)
     outer = decay_triton.chunk_forward.__wrapped__, decay_triton.chunk_backward.__wrapped__
     for states in (False, True):
         for heads in (4, 2):
