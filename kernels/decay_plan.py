@@ -19,8 +19,8 @@ RESIDENT = 2
 # Steps of the shortest segment, of chunks up to 32 and of longer ones, whose states cost less beside them.
 SHORTEST = 128, 64
 # Steps of the longest sequence with run-ups in place of a chain, whose two launches more take less time from some
-# length on. To be measured by `benchmarks/kernels.py`.
-RUNUP_STEPS = 512
+# length on (`NOTES.md`); with a gate a key there are none.
+RUNUP_STEPS = {"none": 1024, "constant": 512, "scalar": 512, "vector": 0}
 # So few steps are done one by one at once: nothing is gained by a product, and roundings are saved.
 FEW_STEPS = 16
 
@@ -122,10 +122,11 @@ def _plan(
     if segments is None:
         cut = _cutting(device, H, K, V, wide, tall, states)
         if runup is None:
-            runup = T <= RUNUP_STEPS and kind != "vector"
-        if runup:  # of one chunk at least, which may be the last and not whole
+            runup = T <= RUNUP_STEPS[kind]
+        if runup:  # one program a multiprocessor, of a chunk at least, which may be the last and not whole
             whole = triton.cdiv(T, chunk) * chunk
-            segments = segment_count(whole, steps=B * whole, fewest=2, **cut | dict(shortest=chunk))
+            alone = dict(shortest=chunk, room=multiprocessors(device), resident=1)
+            segments = segment_count(whole, steps=B * whole, fewest=2, **cut | alone)
         else:
             segments = segment_count(T, steps=B * T, **cut)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
