@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fla_compile.ops
 
-NAMES = ("o", "dq", "dk", "dv", "dg")
+NAMES = ("o", "dq", "dk", "dv", "dg", "du")
 
 
 def differentiated(f: Any, inputs: list[Tensor], do: Tensor) -> list[Tensor]:

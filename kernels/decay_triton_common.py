@@ -35,6 +35,8 @@ KINDS = {"none": 0, "constant": 1, "scalar": 2, "vector": 3}
 # Warps of sweeps that run side by side on a multiprocessor: with fewer they wait for memory, their state on chip.
 # Under a gate a key a sweep computes more than it waits.
 WARPS = 16
+# Of the multiprocessors, how many the programs of a larger tile must fill.
+NEARLY = 0.9
 # Chunks from which on a sweep is worth the pass that sums up its segments.
 LONG_SWEEP = 64
 
@@ -279,7 +281,7 @@ def plan_launch(
 ) -> SplitPlan:  # fmt: skip
     """The split launch of checked arguments, with the table's configuration unless one is given; `shared` as in it.
 
-    `forward` plans outputs alone, in larger tiles where these fill the device or time is long.
+    `forward` plans outputs alone, in larger tiles where these nearly fill the device or time is long.
     """
     B, T, H, K = q.shape
     H *= shared[0]
@@ -289,7 +291,7 @@ def plan_launch(
         configs = configs_for(arch, "split", *row)
         for found in configs_for(arch, "outputs", *row) if forward else ():
             programs = B * H * triton.cdiv(K, found.block_k) * triton.cdiv(V, found.block_v)
-            if programs >= multiprocessors(q.device) or T >= LONG_SWEEP * found.chunk:
+            if programs >= NEARLY * multiprocessors(q.device) or T >= LONG_SWEEP * found.chunk:
                 configs = (found, *configs)
         if not configs:
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
