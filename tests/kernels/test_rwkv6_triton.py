@@ -33,10 +33,11 @@ STACK = {
     (80, "wide", 128, False): 392,
     (90, "wide", 64, False): 72,
     (90, "tall", 64, False): 48,
-    (90, "chunks", 128, False): 304,
-    (90, "chunks", 256, False): 208,
-    (90, "tall", 256, False): 680,
-    (90, "tall", 256, True): 88,
+    (90, "chunks", 128, False): 312,
+    (90, "chunks", 256, False): 224,
+    (90, "tall", 128, False): 152,
+    (90, "tall", 256, False): 728,
+    (90, "tall", 256, True): 120,
 }
 
 
