@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_compile.kernels.decay_configs import Config, configs_for
+from fla_compile.kernels.decay_configs import MORE_BEFORE, Config, configs_for
 from fla_compile.kernels.decay_scan_gates import largest_range
 from fla_compile.kernels.decay_segments import Packing, pack, segment_count
 from fla_compile.kernels.decay_triton_common import device_arch, multiprocessors, precision, shared_limit
@@ -98,6 +98,8 @@ def _plan(
     launches: tuple[str, ...], before: bool,
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
+    if before and shared is not None:
+        shared -= MORE_BEFORE
     found: dict[str, Config] = {}
     for launch in launches:
         asked = given[launch != "wide"]

@@ -63,7 +63,8 @@ GROWN = tl.constexpr(4.0)
 def chunks_program(
     p_table, T, H: tl.constexpr, L, n_s, W: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr
 ):
-    """As `walk_program`, with the number of chunks in the place of the head."""
+    """As `walk_program`, with the number of chunks in the place of the head: counted after it, without a table the
+    machine code was another."""
     if p_table is None:
         i_w, i_nh, _, i_seq, t_a, t_e = segment_program(T, H, L, n_s, W, BW)
         n_c = tl.cdiv(t_e - t_a, C)

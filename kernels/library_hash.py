@@ -1,6 +1,7 @@
 """Triton hashes its own library, hundreds of MB, before the first kernel of a process: here on a thread, beforehand.
 
 Hashing lets go of the interpreter lock. Triton keeps the result; two threads that ask at once would both compute it.
+From Python 3.12 on, os.fork within that half second warns of threads; the child has none and hashes for itself.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 Operands of two bytes and up to 256 keys, as they lie, packed sequences too; for all else the functions return None.
 The bonus is a row's score with itself, w_t = sum_k q_tk u_k k_tk, made by a kernel of its own: sums over columns beside
-the scores of a chunk have no registers left.
+the scores of a chunk have no registers left. As any score it must be within float16 where the operands are.
 """
 
 from typing import Any

