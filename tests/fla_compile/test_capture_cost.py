@@ -8,7 +8,8 @@ import torch
 from programs import Passes, operands
 from torch._dynamo import lookup_backend
 
-T = 64
+# Long enough that the one attempt, which costs the same at any length, weighs little on any machine
+T = 128
 # Both traces do the same work but for one look at the source, and one attempt where only the values tell.
 FACTOR = 1.25
 # Whatever else the machine does only adds to a time: the least of several is what the work costs.
