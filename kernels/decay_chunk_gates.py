@@ -284,7 +284,8 @@ def chunk_grads_kernel(
                     b_h = load_block(p_h, i_v, o_k, K, V, BK, BV)
                     b_x += state_products(b_h, b_d, b_all if EXACT else None)
         if not EXACT:
-            b_u = b_q * b_dq
+            if not BEFORE:
+                b_u = b_q * b_dq
             if V <= BV:  # computed again: transposed, it would go through shared memory
                 b_pt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
             b_ph, b_pl = halves(tl.where(o_c[:, None] < o_c[None, :], b_pt, 0.0), dtype)

@@ -37,7 +37,7 @@ from fla_compile.kernels.decay_segments import (
     segment_count,
 )
 from fla_compile.kernels.decay_triton_common import KINDS, device_arch, multiprocessors
-from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
+from fla_compile.kernels.launch import Launch, compiled_together, contiguous, layout, remember
 from fla_compile.kernels.packed import sequence_bounds
 
 __all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range", "packed_backward", "packed_forward"]
@@ -205,7 +205,7 @@ def chunk_forward(
     plan = _plan(q, k, v, g, gv, config, limit, segments)
     operands = tuple(x.contiguous() for x in (q, k, v, g, gv))
     with torch.cuda.device_of(q):
-        return _forward(plan, operands, _contiguous(initial_state), scale)
+        return _forward(plan, operands, contiguous(initial_state), scale)
 
 
 def chunk_backward(
@@ -222,7 +222,7 @@ def chunk_backward(
         return decay_cpu.chunk_gradients(q, k, v, g, gv, initial_state, scale, do, dht)
     operands = tuple(x.contiguous() for x in (q, k, v, g, gv, do.to(q.dtype)))
     with torch.cuda.device_of(q):
-        return _backward(plan, operands, _contiguous(initial_state), scale, _contiguous(dht))
+        return _backward(plan, operands, contiguous(initial_state), scale, contiguous(dht))
 
 
 def packed_forward(
@@ -240,7 +240,7 @@ def packed_forward(
     with torch.cuda.device_of(q):
         packing = _pack(plan, q, v, cu_seqlens, longest)
         operands = tuple(x.contiguous() for x in (q, k, v, g, gv))
-        return _forward(plan, operands, _contiguous(initial_state), scale, packing)
+        return _forward(plan, operands, contiguous(initial_state), scale, packing)
 
 
 def packed_backward(
@@ -258,7 +258,7 @@ def packed_backward(
         packing = _pack(plan, q, v, cu_seqlens, longest)
         do = torch.zeros_like(v) if do is None else do.to(q.dtype)
         operands = tuple(x.contiguous() for x in (q, k, v, g, gv, do))
-        return _backward(plan, operands, _contiguous(initial_state), scale, _contiguous(dht), packing)
+        return _backward(plan, operands, contiguous(initial_state), scale, contiguous(dht), packing)
 
 
 def _pack(plan: Plan, q: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int | None) -> Packing:
@@ -297,7 +297,3 @@ def _cutting(heads: int, K: int, V: int, device: torch.device, config: Config) -
     """What `segment_count` is told of a device whose multiprocessors have a program each."""
     programs = heads * triton.cdiv(min(K, V), config.block_v)
     return dict(programs=programs, chunk=config.chunk, room=multiprocessors(device), resident=1)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()

@@ -12,6 +12,7 @@ from fla_compile.kernels.decay_checks import check_shapes
 from fla_compile.kernels.decay_fused import Scans, pack_scans, plan_scans, scan_backward, scan_forward
 from fla_compile.kernels.decay_heads import output_heads
 from fla_compile.kernels.decay_segments import fits_table
+from fla_compile.kernels.launch import contiguous
 from fla_compile.kernels.packed import sequence_bounds
 
 __all__ = ["packed_backward", "packed_forward"]
@@ -44,7 +45,7 @@ def packed_forward(
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return scan_forward(scans, q, k, v, _contiguous(g), _contiguous(initial_state), scale, packing=packing)
+        return scan_forward(scans, q, k, v, contiguous(g), contiguous(initial_state), scale, packing=packing)
 
 
 def packed_backward(
@@ -76,9 +77,5 @@ def packed_backward(
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         do = v.new_zeros(*v.shape[:2], heads, v.shape[-1]) if do is None else do.to(q.dtype).contiguous()
-        h0, dht = _contiguous(initial_state), _contiguous(dht)
-        return scan_backward(scans, q, k, v, _contiguous(g), h0, scale, do, dht, need_dg=need_dg, packing=packing)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+        h0, dht = contiguous(initial_state), contiguous(dht)
+        return scan_backward(scans, q, k, v, contiguous(g), h0, scale, do, dht, need_dg=need_dg, packing=packing)

@@ -26,7 +26,17 @@ from triton.runtime import _async_compile
 
 from fla_compile.kernels.library_hash import wait_for_hash
 
-__all__ = ["MOST_PLANS", "Launch", "Launches", "Made", "compiled_together", "layout", "remember", "this_thread"]
+__all__ = [
+    "MOST_PLANS",
+    "Launch",
+    "Launches",
+    "Made",
+    "compiled_together",
+    "contiguous",
+    "layout",
+    "remember",
+    "this_thread",
+]
 
 # Plans of a launcher: a server has a few shapes a batch size.
 MOST_PLANS = 4096
@@ -39,6 +49,10 @@ Arguments = ParamSpec("Arguments")
 def layout(x: Tensor | None) -> tuple[Any, ...] | None:
     """All that a launch depends on but the operand's values and place in memory."""
     return None if x is None else (x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def remember(plans: dict[Any, Plan], key: Hashable, plan: Plan) -> Plan:

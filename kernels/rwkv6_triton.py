@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fla_compile.kernels.decay_fused import Scans, pack_scans, plan_scans, scan_backward_before, scan_forward
 from fla_compile.kernels.decay_segments import Packing, ceil_div, fits_table
-from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch import Launch, contiguous, layout, remember
 from fla_compile.kernels.packed import sequence_bounds
 
 __all__ = ["backward", "forward"]
@@ -82,8 +82,8 @@ def forward(
         if plan is None:
             return None
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
-        own = _own_scores(q, k, _contiguous(u))
-        return scan_forward(plan, q, k, v, g, _contiguous(initial_state), scale, own, packing=packing)
+        own = _own_scores(q, k, contiguous(u))
+        return scan_forward(plan, q, k, v, g, contiguous(initial_state), scale, own, packing=packing)
 
 
 def backward(
@@ -113,7 +113,7 @@ def backward(
             return None
         do = torch.zeros_like(v) if do is None else do.to(q.dtype)
         q, k, v, g, do = (x.contiguous() for x in (q, k, v, g, do))
-        u, h0, dht = (_contiguous(x) for x in (u, initial_state, dht))
+        u, h0, dht = (contiguous(x) for x in (u, initial_state, dht))
         own = _own_scores(q, k, u)
         return scan_backward_before(plan, q, k, v, g, u, own, h0, scale, do, dht, packing=packing)
 
@@ -128,7 +128,3 @@ def _planned(
     if scans is None or cu_seqlens is None:
         return scans, None
     return scans, pack_scans(scans, sequence_bounds(cu_seqlens, T), q.device, longest)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
