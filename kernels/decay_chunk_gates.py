@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_scan import chunk_at, first_state, store_last, walk_program
-from fla_compile.kernels.decay_scan_gates import channel_sums, load_gates, load_row
+from fla_compile.kernels.decay_scan_gates import any_beyond, channel_sums, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import add_both, halves, sums_before
 from fla_compile.kernels.decay_segments import chunk_of
 from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, tile_mask
@@ -146,14 +146,14 @@ def chunk_states_kernel(
     m_s = tile_mask(o_x < X, o_w, W, BW, X % BX == 0)
     b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
     b_total = tl.zeros((BX,), tl.float32)
-    for i_n in range(n_c):
+    for i_n in tl.range(n_c, disable_licm=True):  # hoisted, what no step changes spilled 72 bytes
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         m_c = t_0 + o_c < t_e
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
         b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
-        b_gh, b_gl = halves(load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X), dtype)
+        b_gh, b_gl = halves(load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X), dtype, False)
         if p_h is not None:
             store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
         if REVERSE:
@@ -172,23 +172,15 @@ def chunk_states_kernel(
         tl.store(p_gt + i_nh * X + o_x, b_total, mask=(o_x < X) & (i_w == 0))
 
 
-@triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
-def chunk_grads_kernel(
-    p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_table, p_bonus, p_du, scale, limit, T, L, n_s,
+@triton.jit
+def chunk_grads(
+    i_p, i_k, t_0, t_e, i_seq, i_state,
+    p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_bonus, p_du, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    RQ: tl.constexpr = 1, RK: tl.constexpr = 1, RV: tl.constexpr = 1, RG: tl.constexpr = 1,
-    BEFORE: tl.constexpr = False,
+    RQ: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr, RG: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """One program for each chunk, head and block of keys. p_h and p_d hold S and R; without p_d only dq is written.
-    Packed, n_s counts the rows of the table. R.: as in `chunk_scan_kernel`, of q, k, v and g; BEFORE as in
-    `chunk_scan_rows_kernel`, with the bonus u [H, K], of whose gradient p_du [chunks, K] gets each chunk's share."""
-    if EXACT:
-        if tl.load(p_range + tl.program_id(0)) <= limit:
-            return
-    i_k, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, K, BK, C)
-    if t_0 >= t_e:
-        return
+    """What program i_p of `chunk_grads_kernel` does, for the block and chunk that `chunk_of` gives it."""
     dtype = p_k.dtype.element_ty
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -317,6 +309,40 @@ def chunk_grads_kernel(
             store_tile(p_dg + i_row * K, (b_dg + b_x[None, :]) * scale, o_c * H, o_k, m_k, K)
         if p_du is not None:
             b_y = tl.sum(b_own[:, None] * b_q * b_k, 0) * scale
-            tl.store(p_du + (tl.program_id(0) // tl.cdiv(K, BK)).to(tl.int64) * K + o_k, b_y, mask=o_k < K)
+            tl.store(p_du + (i_p // tl.cdiv(K, BK)).to(tl.int64) * K + o_k, b_y, mask=o_k < K)
     if not EXACT:
-        tl.store(p_range + tl.program_id(0), s_range)
+        tl.store(p_range + i_p, s_range)
+
+
+@triton.jit(do_not_specialize=["T", "L", "n_s", "n_p", "limit"])
+def chunk_grads_kernel(
+    p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_table, p_bonus, p_du, scale, limit, T, L, n_s, n_p,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    RQ: tl.constexpr = 1, RK: tl.constexpr = 1, RV: tl.constexpr = 1, RG: tl.constexpr = 1,
+    BEFORE: tl.constexpr = False,
+):  # fmt: skip
+    """One of n_p programs for each chunk, head and block of keys; EXACT, fewer share what is beyond the limit. p_h and
+    p_d hold S and R; without p_d only dq is written. Packed, n_s counts the rows of the table. R.: as in
+    `chunk_scan_kernel`, of q, k, v and g; BEFORE as in `chunk_scan_rows_kernel`, with the bonus u [H, K], of whose
+    gradient p_du [chunks, H, K] gets each chunk's share."""
+    i_p = tl.program_id(0)
+    if not EXACT:
+        i_k, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, K, BK, C)
+        if t_0 >= t_e:
+            return
+        chunk_grads(
+            i_p, i_k, t_0, t_e, i_seq, i_state,
+            p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_bonus, p_du, scale,
+            H, K, V, C, BK, BV, EVEN, EXACT, PRECISION, RQ, RK, RV, RG, BEFORE,
+        )  # fmt: skip
+    elif any_beyond(p_range, limit, n_p):
+        for i_n in range(tl.cdiv(n_p - tl.program_id(0), tl.num_programs(0))):
+            i_p = tl.program_id(0) + i_n * tl.num_programs(0)
+            i_k, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, K, BK, C)
+            if (t_0 < t_e) & ~(tl.load(p_range + i_p) <= limit):
+                chunk_grads(
+                    i_p, i_k, t_0, t_e, i_seq, i_state,
+                    p_q, p_k, p_v, p_do, p_g, p_h, p_d, p_dq, p_dk, p_dg, p_range, p_bonus, p_du, scale,
+                    H, K, V, C, BK, BV, EVEN, EXACT, PRECISION, RQ, RK, RV, RG, BEFORE,
+                )  # fmt: skip

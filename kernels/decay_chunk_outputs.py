@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_chunk_gates import load_masked
 from fla_compile.kernels.decay_scan_gates import (
+    any_beyond,
     channel_sums,
     exact_scores,
     from_middle,
@@ -29,22 +30,14 @@ from fla_compile.kernels.decay_tiles import load_tile, store_tile, tile_mask
 __all__ = ["chunk_outputs_kernel"]
 
 
-@triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
-def chunk_outputs_kernel(
-    p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_table, p_own, s_y, limit, T, L, n_s,
+@triton.jit
+def chunk_outputs(
+    i_p, i_w, t_0, t_e, i_seq, i_state, p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_own, s_y,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
-    BEFORE: tl.constexpr = False,
+    RX: tl.constexpr, RZ: tl.constexpr, RW: tl.constexpr, RG: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
-    """One program for each chunk, head and W block; p_h holds the states. y is written times s_y. R.: as in
-    `chunk_scan_kernel`; p_own and BEFORE as in `chunk_scan_rows_kernel`."""
-    if EXACT:
-        if tl.load(p_range + tl.program_id(0)) <= limit:
-            return
-    i_w, t_0, t_e, i_seq, i_state = chunk_of(p_table, T, H, L, n_s, W, BW, C)
-    if t_0 >= t_e:
-        return
+    """What program i_p of `chunk_outputs_kernel` does, for the block and chunk that `chunk_of` gives it."""
     dtype = p_w.dtype.element_ty
     o_c = tl.arange(0, C)
     o_w = i_w * BW + tl.arange(0, BW)
@@ -82,7 +75,7 @@ def chunk_outputs_kernel(
             if BEFORE:
                 b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, not REVERSE)
             b_f = b_x * tl.exp2(b_e)
-            b_x, b_xl = halves(b_f, dtype)
+            b_x, b_xl = halves(b_f, dtype, False)
             b_a = tl.dot(b_xl, tl.trans(b_z), b_a, input_precision=PRECISION)
             b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
             b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
@@ -97,4 +90,34 @@ def chunk_outputs_kernel(
     b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
     store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
     if not EXACT:
-        tl.store(p_range + tl.program_id(0), tl.max(b_range, 0))
+        tl.store(p_range + i_p, tl.max(b_range, 0))
+
+
+@triton.jit(do_not_specialize=["T", "L", "n_s", "n_p", "limit"])
+def chunk_outputs_kernel(
+    p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_table, p_own, s_y, limit, T, L, n_s, n_p,
+    H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    REVERSE: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
+    BEFORE: tl.constexpr = False,
+):  # fmt: skip
+    """One of n_p programs for each chunk, head and W block; EXACT, fewer share what is beyond the limit. p_h holds the
+    states. y is written times s_y. R.: as in `chunk_scan_kernel`; p_own and BEFORE as in `chunk_scan_rows_kernel`."""
+    i_p = tl.program_id(0)
+    if not EXACT:
+        i_w, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, W, BW, C)
+        if t_0 >= t_e:
+            return
+        chunk_outputs(
+            i_p, i_w, t_0, t_e, i_seq, i_state, p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_own, s_y,
+            H, X, W, C, BX, BW, REVERSE, EVEN, EXACT, PRECISION, RX, RZ, RW, RG, BEFORE,
+        )  # fmt: skip
+    elif any_beyond(p_range, limit, n_p):
+        for i_n in range(tl.cdiv(n_p - tl.program_id(0), tl.num_programs(0))):
+            i_p = tl.program_id(0) + i_n * tl.num_programs(0)
+            i_w, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, W, BW, C)
+            if (t_0 < t_e) & ~(tl.load(p_range + i_p) <= limit):
+                chunk_outputs(
+                    i_p, i_w, t_0, t_e, i_seq, i_state, p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_own, s_y,
+                    H, X, W, C, BX, BW, REVERSE, EVEN, EXACT, PRECISION, RX, RZ, RW, RG, BEFORE,
+                )  # fmt: skip

@@ -252,7 +252,7 @@ def scan_backward_before(
     grads = _launch_backward(plan, q, k, v, g, h0, scale, do, dht, True, None, bonus, own, packing=packing)
     dq, dk, dv, dg, du, dh0 = grads
     assert dg is not None
-    return dq, dk, dv, dg, None if du is None else du.sum((0, 2)), dh0
+    return dq, dk, dv, dg, None if du is None else du.sum(0), dh0
 
 
 @recorded

@@ -10,7 +10,7 @@ from fla_compile.kernels.decay_chunk_outputs import chunk_outputs_kernel
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
-from fla_compile.kernels.decay_scan_gates import chunk_scan_rows_kernel
+from fla_compile.kernels.decay_scan_gates import SHARE, chunk_scan_rows_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, ceil_div
 from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.launch_record import empty
@@ -19,6 +19,8 @@ __all__ = ["launch_grads", "launch_outputs", "launch_states", "new_bonus_grads",
 
 # The second launch, for decays out of range, works on few programs, if any: what counts is that it is right.
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
+# Chunks are shared among no fewer of its programs, which fill any device.
+EXACT_PROGRAMS = 1024
 
 _launches: dict[tuple[Any, ...], Launch] = {}
 
@@ -51,7 +53,7 @@ def launch_outputs(
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (*scales, plan.limit)
-    _launch(chunk_scan_rows_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, exact=True)
+    _launch(chunk_scan_rows_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways)
 
 
 def launch_states(
@@ -85,7 +87,7 @@ def _launch_chunks(
     flags = reverse, table is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (scale, plan.limit)
-    _launch(chunk_outputs_kernel, plan, config, (programs,), operands, numbers, segments, *ways, exact=True)
+    _launch(chunk_outputs_kernel, plan, config, (programs,), operands, numbers, segments, *ways, shared=True)
 
 
 def launch_grads(
@@ -101,18 +103,15 @@ def launch_grads(
     flags = (table is None and plan.T % config.chunk == 0,)
     tile = config.chunk, config.block_v, config.block_k
     ways, numbers = (tile, flags, shares(plan.H, q, k, v, g)), (scale, plan.limit)
-    _launch(chunk_grads_kernel, plan, config, (programs,), operands, numbers, segments, *ways, exact=True)
+    _launch(chunk_grads_kernel, plan, config, (programs,), operands, numbers, segments, *ways, shared=True)
 
 
 def new_bonus_grads(plan: Scans, like: Tensor, packing: Packing | None) -> Tensor:
-    """The share of each chunk in the bonus's gradient: [segments, H, chunks, K], or packed [chunks, H, 1, K]."""
-    wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
-    if packing is not None:
-        return empty(packing.chunks, plan.H, 1, plan.K, **wide)
+    """The share of each chunk in the bonus's gradient [chunks, H, K]."""
     # a last segment may have fewer
-    chunks = ceil_div(plan.length, plan.tall.chunk)
-    whole = plan.T == plan.segments * chunks * plan.tall.chunk
-    return empty(plan.B * plan.segments, plan.H, chunks, plan.K, **wide, zeros=not whole)
+    whole = packing is not None or plan.T % (plan.segments * plan.tall.chunk) == 0
+    chunks = _chunks(plan, packing)[2]
+    return empty(chunks, plan.H, plan.K, dtype=torch.float32, device=like.device, zeros=not whole)
 
 
 def _chunks(plan: Scans, packing: Packing | None) -> tuple[Tensor | None, int, int]:
@@ -134,19 +133,21 @@ def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
 def _launch(
     kernel: Any, plan: Scans, config: Config, grid: tuple[int, ...], operands: tuple[Tensor | None, ...],
     numbers: tuple[float, ...], segments: int, tile: tuple[int, ...], flags: tuple[int, ...],
-    heads: tuple[int, ...], *, exact: bool,
+    heads: tuple[int, ...], *, exact: bool = True, shared: bool = False,
 ) -> None:  # fmt: skip
-    """`kernel` as the table has it, and again for what that finds out of range."""
+    """`kernel` as the table has it, and again for what that finds out of range, which fewer programs look after where
+    that is `shared` among them."""
     layouts = tuple(map(layout, operands))
     for again in ((True,) if plan.limit < 0 else (False, True)) if exact else (None,):
         key = (kernel.fn, plan, grid, segments, flags, again, layouts)
         launch = _launches.get(key)
         if launch is None:
             # only the tiles of the table are known to compile to what they mean: smaller sizes are masked
-            sizes = plan.T, plan.length, segments, plan.H, plan.K, plan.V, *tile
+            sizes = plan.T, plan.length, segments, *grid[:shared], plan.H, plan.K, plan.V, *tile
             rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads, plan.before)
             options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
             device = next(x.device for x in operands if x is not None)
-            launch = Launch(kernel, device, grid, (*sizes, *rest), **options)
+            few = (min(grid[0], max(EXACT_PROGRAMS, ceil_div(grid[0], SHARE.value))),)
+            launch = Launch(kernel, device, few if shared and again else grid, (*sizes, *rest), **options)
             remember(_launches, key, launch)
         launch(*operands, *map(float, numbers))

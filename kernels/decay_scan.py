@@ -320,8 +320,8 @@ def chunk_scan_kernel(
         else:
             i_bh = i_h.to(tl.int64)
         p_r = p_sums + ((i_bh * SUMS + (PART - 1)) * NW + i_w) * T
-    # what no step changes is not kept in registers: beside a run-up there are too few (`NOTES.md`)
-    for i_n in tl.range(n_c, disable_licm=RUNUP and PART != PLAIN):
+    # what no step changes is not kept in registers: beside the sums there are too few (`NOTES.md`)
+    for i_n in tl.range(n_c, disable_licm=PART != PLAIN):
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e

@@ -174,7 +174,7 @@ def chunk_scan_both_kernel(
             b_out = tl.exp2(b_f)
             b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
             b_i = product_of_halves(b_x, b_xl, tl.trans(b_z), tl.trans(b_zl), None)
-            b_a, b_al = halves(tl.where(m_a, b_i, 0.0), dtype)
+            b_a, b_al = halves(tl.where(m_a, b_i, 0.0), dtype, False)
             b_y = tl.dot(b_x, b_s.to(dtype), input_precision="ieee") * b_columns[None, :]
             if PART == KEYS:
                 b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_s, X, W, False)

@@ -35,6 +35,8 @@ from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, 
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = [
+    "SHARE",
+    "any_beyond",
     "channel_sums",
     "chunk_scan_rows_kernel",
     "exact_scores",
@@ -48,6 +50,9 @@ __all__ = [
 
 # The fewest columns of a product.
 PADDED = tl.constexpr(16)
+# Programs whose chunks one program of an exact launch looks after at most: one for each takes 2 ns though it return at
+# once.
+SHARE = tl.constexpr(32)
 
 
 def largest_range(dtype: torch.dtype) -> float:
@@ -64,6 +69,15 @@ def load_gates(p_g, o_row, o_col, m_x, WIDTH: tl.constexpr):
 @triton.jit
 def load_row(p_x, o_col, WIDTH: tl.constexpr):
     return tl.load(p_x + o_col, mask=o_col < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def any_beyond(p_range, limit, n_p):
+    """Whether one of the ranges that this program looks after, of n_p, is beyond the limit, or no number."""
+    o_p = tl.program_id(0) + tl.arange(0, SHARE) * tl.num_programs(0)
+    m_p = o_p < n_p
+    m_p &= ~(tl.load(p_range + o_p, mask=m_p, other=0.0) <= limit)
+    return tl.max(m_p.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -192,7 +206,7 @@ def chunk_scan_rows_kernel(
             b_s *= tl.exp2(b_all)[:, None]
             b_y = tl.dot(b_a.to(dtype), b_w, b_y, input_precision=PRECISION)
         else:
-            b_gh, b_gl = halves(b_g, dtype)
+            b_gh, b_gl = halves(b_g, dtype, False)
             b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, BEFORE and REVERSE)
             b_range = tl.maximum(b_range, channel_sums(tl.abs(b_gh), None, C, PRECISION))
             b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))

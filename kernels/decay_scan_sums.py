@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from fla_compile.kernels.decay_segments import COLUMNS
 
@@ -30,6 +31,17 @@ __all__ = ["SUMS", "Sums", "add_both", "halves", "row_decay_grad_kernel", "segme
 
 # Sums a row and block of columns: q . dq, k . dk" and k . dk'.
 SUMS = tl.constexpr(3)
+COMPILED = tl.constexpr(not knobs.runtime.interpret)
+# Two numbers at a time, to the nearest; Triton's own conversion there and back takes them one by one (`NOTES.md`).
+BFLOAT16_HALVES = tl.constexpr("""{
+    .reg .b32 %a, %b;
+    cvt.rn.bf16x2.f32 $0, $3, $2;
+    shl.b32 %a, $0, 16;
+    and.b32 %b, $0, 0xffff0000;
+    sub.rn.f32 %a, $2, %a;
+    sub.rn.f32 %b, $3, %b;
+    cvt.rn.bf16x2.f32 $1, %b, %a;
+}""")
 
 
 @triton.jit
@@ -46,10 +58,15 @@ def sums_before(b_x, axis: tl.constexpr, REVERSE: tl.constexpr = False):
 
 
 @triton.jit
-def halves(b_x, dtype: tl.constexpr):
-    """x as the sum of two numbers of a narrow dtype; rounded in integers, which is faster, a NaN may become zero."""
-    b_hi = b_x.to(dtype)
-    return b_hi, (b_x - b_hi.to(tl.float32)).to(dtype)
+def halves(b_x, dtype: tl.constexpr, PACKED: tl.constexpr = True):
+    """x as the sum of two numbers of a narrow dtype; not PACKED where that spills."""
+    if COMPILED and PACKED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            BFLOAT16_HALVES, "=&r,=r,r,r", [b_x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    else:
+        b_hi = b_x.to(dtype)
+        return b_hi, (b_x - b_hi.to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -129,24 +129,22 @@ def chain_joints_kernel(
 
 
 @triton.jit
-def chunk_of(p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr):
-    """One program for each chunk of each segment, head and X block: block, first step of the chunk and the one after
-    the last of its segment, first row of the sequence and head, number of the chunk's state. With a table, n_s counts
-    its rows."""
+def chunk_of(i_p, p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr):
+    """Of program i_p, one for each chunk of each segment, head and X block: block, first step of the chunk and the one
+    after the last of its segment, first row of the sequence and head, number of the chunk's state. With a table, n_s
+    counts its rows. Neighbours are the heads of a chunk, whose rows lie side by side in memory."""
     NX: tl.constexpr = tl.cdiv(X, BX)
-    i_p = tl.program_id(0) // NX
+    i_h = i_p // NX % H
+    i_c = i_p // NX // H
     if p_table is None:
         n_c = tl.cdiv(L, C)
-        i_nh = i_p // n_c
-        i_h = i_nh % H
-        i_n = i_nh // H
-        t_0 = (i_n % n_s) * L + (i_p % n_c) * C
+        i_n = i_c // n_c
+        i_c %= n_c
+        t_0 = (i_n % n_s) * L + i_c * C
         t_e = tl.minimum((i_n % n_s) * L + L, T)
         i_seq = (i_n // n_s).to(tl.int64) * T * H + i_h
-        i_state = i_p.to(tl.int64)
+        i_state = (i_n.to(tl.int64) * H + i_h) * n_c + i_c
     else:
-        i_h = i_p % H
-        i_c = i_p // H
         i_n = 0
         i_e = n_s
         while i_n + 1 < i_e:  # rows are numbered with their first chunks
@@ -162,7 +160,7 @@ def chunk_of(p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.conste
         t_0 = t_a + (i_c - i_first) * C
         i_seq = i_h.to(tl.int64)
         i_state = i_first.to(tl.int64) * H + i_h * tl.cdiv(t_e - t_a, C) + (i_c - i_first)
-    return tl.program_id(0) % NX, t_0, t_e, i_seq, i_state
+    return i_p % NX, t_0, t_e, i_seq, i_state
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}
