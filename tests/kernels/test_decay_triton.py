@@ -18,6 +18,7 @@ from range_cases import FLOOR, check_where_finite  # noqa: E402
 
 from fla_compile.kernels import (  # noqa: E402
     decay_fused,
+    decay_fused_gates,
     decay_triton,
     decay_triton_common,
 )
@@ -146,6 +147,22 @@ def interpret() -> None:
         scans = decay_fused.plan_scans(x.q, x.v, KIND[case.family], **tiles)
         check_results(case, x, run_kernels(x, scans=scans), torch.float16)
         print("ok fused", case)
+    for limit in (1.0, -1.0):  # two programs share what is out of range: all but the short last chunk, and that too
+        case = Case("gla", 70, "weak", B=1, H=2, K=24, V=40)
+        x = make_inputs(case, torch.float16)
+        scans = decay_fused.plan_scans(x.q, x.v, "vector", wide=blocks, tall=blocks, limit=limit, segments=1)
+        alone = run_kernels(x, scans=scans)
+        few, decay_fused_gates.EXACT_PROGRAMS = decay_fused_gates.EXACT_PROGRAMS, 2
+        decay_fused_gates._launches.clear()
+        shared = run_kernels(x, scans=scans)
+        grids = [launch.grid for launch in decay_fused_gates._launches.values()]
+        decay_fused_gates.EXACT_PROGRAMS = few
+        decay_fused_gates._launches.clear()
+        assert grids.count((2, 1, 1)) == 3, f"o, dv and the other gradients share: {grids}"
+        for name in alone:
+            assert torch.equal(alone[name], shared[name]), f"{case} {name} differs where programs share chunks"
+        check_results(case, x, shared, torch.float16)
+        print("ok fused", case)
     for chunk, decay in ((32, "alternating"), (64, "peak")):
         case = Case("simple_gla", 40, decay, B=1, H=1, K=20, V=72)
         x = make_inputs(case, torch.float32)
@@ -167,7 +184,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 44
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 46
 
 
 def test_every_size_has_a_split_row():
