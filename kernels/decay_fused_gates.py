@@ -109,8 +109,8 @@ def launch_grads(
 def new_bonus_grads(plan: Scans, like: Tensor, packing: Packing | None) -> Tensor:
     """The share of each chunk in the bonus's gradient [chunks, H, K]."""
     # a last segment may have fewer
-    whole = packing is not None or plan.T % (plan.segments * plan.tall.chunk) == 0
     chunks = _chunks(plan, packing)[2]
+    whole = packing is not None or plan.B * plan.T == chunks * plan.tall.chunk
     return empty(chunks, plan.H, plan.K, dtype=torch.float32, device=like.device, zeros=not whole)
 
 
