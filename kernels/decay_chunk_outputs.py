@@ -39,6 +39,7 @@ def chunk_outputs(
 ):  # fmt: skip
     """What program i_p of `chunk_outputs_kernel` does, for the block and chunk that `chunk_of` gives it."""
     dtype = p_w.dtype.element_ty
+    PACKED: tl.constexpr = W <= BW  # as in the order of chunks: of wider tiles more would spill
     o_c = tl.arange(0, C)
     o_w = i_w * BW + tl.arange(0, BW)
     i_row = i_seq + t_0.to(tl.int64) * H
@@ -67,11 +68,11 @@ def chunk_outputs(
             b_x = (b_x * tl.exp2(b_e)).to(dtype)
         else:
             b_z = load_tile(p_z, o_c * (H // RZ), o_x, m_x, X)
-            b_gh, b_gl = halves(b_g, dtype)
+            b_gh, b_gl = halves(b_g, dtype, PACKED)
             b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, BEFORE and REVERSE)
             b_range = tl.maximum(b_range, channel_sums(tl.abs(b_gh), None, C, PRECISION))
             b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
-            b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
+            b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype, PACKED)
             if BEFORE:
                 b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, not REVERSE)
             b_f = b_x * tl.exp2(b_e)
@@ -85,7 +86,7 @@ def chunk_outputs(
     b_a = tl.where(m_a, b_a, 0.0)
     if p_own is not None:
         b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
-    b_a, b_al = halves(b_a, dtype)
+    b_a, b_al = halves(b_a, dtype, PACKED)
     b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
     b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
     store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
@@ -105,7 +106,7 @@ def chunk_outputs_kernel(
     states. y is written times s_y. R.: as in `chunk_scan_kernel`; p_own and BEFORE as in `chunk_scan_rows_kernel`."""
     i_p = tl.program_id(0)
     if not EXACT:
-        i_w, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, W, BW, C)
+        i_w, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, W, BW, C, W > BW)
         if t_0 >= t_e:
             return
         chunk_outputs(
@@ -115,7 +116,7 @@ def chunk_outputs_kernel(
     elif any_beyond(p_range, limit, n_p):
         for i_n in range(tl.cdiv(n_p - tl.program_id(0), tl.num_programs(0))):
             i_p = tl.program_id(0) + i_n * tl.num_programs(0)
-            i_w, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, W, BW, C)
+            i_w, t_0, t_e, i_seq, i_state = chunk_of(i_p, p_table, T, H, L, n_s, W, BW, C, W > BW)
             if (t_0 < t_e) & ~(tl.load(p_range + i_p) <= limit):
                 chunk_outputs(
                     i_p, i_w, t_0, t_e, i_seq, i_state, p_x, p_z, p_w, p_g, p_h, p_y, p_range, p_own, s_y,

@@ -129,17 +129,26 @@ def chain_joints_kernel(
 
 
 @triton.jit
-def chunk_of(i_p, p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr):
+def chunk_of(
+    i_p, p_table, T, H: tl.constexpr, L, n_s, X: tl.constexpr, BX: tl.constexpr, C: tl.constexpr,
+    BY_TIME: tl.constexpr = False,
+):  # fmt: skip
     """Of program i_p, one for each chunk of each segment, head and X block: block, first step of the chunk and the one
     after the last of its segment, first row of the sequence and head, number of the chunk's state. With a table, n_s
-    counts its rows. Neighbours are the heads of a chunk, whose rows lie side by side in memory."""
+    counts its rows. Neighbours are the heads of a chunk, whose rows lie side by side in memory; BY_TIME, unpacked, the
+    chunks of a head."""
     NX: tl.constexpr = tl.cdiv(X, BX)
     i_h = i_p // NX % H
     i_c = i_p // NX // H
     if p_table is None:
         n_c = tl.cdiv(L, C)
-        i_n = i_c // n_c
-        i_c %= n_c
+        if BY_TIME:
+            i_h = i_p // NX // n_c % H
+            i_n = i_p // NX // n_c // H
+            i_c = i_p // NX % n_c
+        else:
+            i_n = i_c // n_c
+            i_c %= n_c
         t_0 = (i_n % n_s) * L + i_c * C
         t_e = tl.minimum((i_n % n_s) * L + L, T)
         i_seq = (i_n // n_s).to(tl.int64) * T * H + i_h
