@@ -57,24 +57,24 @@ def state_products(b_h, b_d, b_all):
 
 
 @triton.jit
-def path_sums(b_to, b_from, o_c, dtype: tl.constexpr, PACKED: tl.constexpr):
+def path_sums(b_to, b_from, o_c, dtype: tl.constexpr, PAIRED: tl.constexpr):
     """sum_{i >= t} to_i + sum_{j < t} from_j. Products in two parts, where the parts have float32's range."""
     if dtype == tl.bfloat16:
         m_to = (o_c[:, None] <= o_c[None, :]).to(dtype)
         m_from = (o_c[:, None] > o_c[None, :]).to(dtype)
-        b_toh, b_tol = halves(b_to, dtype, PACKED)
-        b_fromh, b_froml = halves(b_from, dtype, PACKED)
+        b_toh, b_tol = halves(b_to, dtype, PAIRED)
+        b_fromh, b_froml = halves(b_from, dtype, PAIRED)
         return tl.dot(m_from, b_froml, tl.dot(m_from, b_fromh, tl.dot(m_to, b_tol, tl.dot(m_to, b_toh))))
     else:
         return tl.cumsum(b_to, 0, reverse=True) + sums_before(b_from, 0)
 
 
 @triton.jit
-def sums_after(b_x, o_c, dtype: tl.constexpr, PACKED: tl.constexpr):
+def sums_after(b_x, o_c, dtype: tl.constexpr, PAIRED: tl.constexpr):
     """sum_{i > t} x_i, as `path_sums` has its sums."""
     if dtype == tl.bfloat16:
         m_after = (o_c[:, None] < o_c[None, :]).to(dtype)
-        b_xh, b_xl = halves(b_x, dtype, PACKED)
+        b_xh, b_xl = halves(b_x, dtype, PAIRED)
         return tl.dot(m_after, b_xl, tl.dot(m_after, b_xh))
     else:
         return sums_before(b_x, 0, True)
@@ -182,7 +182,7 @@ def chunk_grads(
 ):  # fmt: skip
     """What program i_p of `chunk_grads_kernel` does, for the block and chunk that `chunk_of` gives it."""
     dtype = p_k.dtype.element_ty
-    PACKED: tl.constexpr = BK < K and V <= BV  # of other tiles that spills more
+    PAIRED: tl.constexpr = BK < K and V <= BV  # of other tiles that spills more
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)
     i_row = i_seq + t_0.to(tl.int64) * H
@@ -223,9 +223,9 @@ def chunk_grads(
         s_range = tl.max(b_range, 0)
         b_e = b_c - 0.5 * b_all[None, :]
         b_up, b_down, b_half = tl.exp2(b_e - b_g if BEFORE else b_e), tl.exp2(-b_e), tl.exp2(0.5 * b_all)
-        b_kh, b_kl = halves(b_k * b_down, dtype, PACKED)
+        b_kh, b_kl = halves(b_k * b_down, dtype, PAIRED)
         if p_d is not None:
-            b_qh, b_ql = halves(b_q * b_up, dtype, PACKED)
+            b_qh, b_ql = halves(b_q * b_up, dtype, PAIRED)
     if V <= BV:
         b_p = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_p, 0.0), 1)
@@ -252,7 +252,7 @@ def chunk_grads(
                     b_dg += tl.where((o_c > j)[:, None], sums_from(b_pj * b_kj[None, :], BEFORE), 0.0)
             b_e += tl.where((o_c > j if BEFORE else o_c >= j)[:, None], b_gj[None, :], 0.0)
     else:
-        b_ph, b_pl = halves(b_p, dtype, PACKED)
+        b_ph, b_pl = halves(b_p, dtype, PAIRED)
         b_dq *= b_half[None, :]
         b_dq = tl.dot(b_pl, b_kh, b_dq, input_precision=PRECISION)
         b_dq = tl.dot(b_ph, b_kl, b_dq, input_precision=PRECISION)
@@ -281,7 +281,7 @@ def chunk_grads(
                 b_u = b_q * b_dq
             if V <= BV:  # computed again: transposed, it would go through shared memory
                 b_pt = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_ph, b_pl = halves(tl.where(o_c[:, None] < o_c[None, :], b_pt, 0.0), dtype, PACKED)
+            b_ph, b_pl = halves(tl.where(o_c[:, None] < o_c[None, :], b_pt, 0.0), dtype, PAIRED)
             b_dk = tl.dot(b_pl, b_qh, input_precision=PRECISION)
             b_dk = tl.dot(b_ph, b_ql, b_dk, input_precision=PRECISION)
             b_dk = tl.dot(b_ph, b_qh, b_dk, input_precision=PRECISION) * b_down
@@ -302,9 +302,9 @@ def chunk_grads(
             if EXACT:
                 b_dg += sums_before(b_k * b_dx, 0)
             else:
-                b_dg = path_sums(b_u, b_k * b_dx, o_c, dtype, PACKED)
+                b_dg = path_sums(b_u, b_k * b_dx, o_c, dtype, PAIRED)
                 if BEFORE:
-                    b_dg += sums_after(b_q * b_dq, o_c, dtype, PACKED)
+                    b_dg += sums_after(b_q * b_dq, o_c, dtype, PAIRED)
                 s_range = tl.maximum(s_range, tl.max(tl.where(tl.abs(b_x) <= LARGEST, 0.0, float("inf")), 0))
                 b_x *= tl.exp2(b_all)
             store_tile(p_dg + i_row * K, (b_dg + b_x[None, :]) * scale, o_c * H, o_k, m_k, K)

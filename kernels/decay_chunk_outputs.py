@@ -39,7 +39,7 @@ def chunk_outputs(
 ):  # fmt: skip
     """What program i_p of `chunk_outputs_kernel` does, for the block and chunk that `chunk_of` gives it."""
     dtype = p_w.dtype.element_ty
-    PACKED: tl.constexpr = W <= BW  # as in the order of chunks: of wider tiles more would spill
+    PAIRED: tl.constexpr = W <= BW  # as in the order of chunks: of wider tiles more would spill
     o_c = tl.arange(0, C)
     o_w = i_w * BW + tl.arange(0, BW)
     i_row = i_seq + t_0.to(tl.int64) * H
@@ -68,11 +68,11 @@ def chunk_outputs(
             b_x = (b_x * tl.exp2(b_e)).to(dtype)
         else:
             b_z = load_tile(p_z, o_c * (H // RZ), o_x, m_x, X)
-            b_gh, b_gl = halves(b_g, dtype, PACKED)
+            b_gh, b_gl = halves(b_g, dtype, PAIRED)
             b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, BEFORE and REVERSE)
             b_range = tl.maximum(b_range, channel_sums(tl.abs(b_gh), None, C, PRECISION))
             b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
-            b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype, PACKED)
+            b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype, PAIRED)
             if BEFORE:
                 b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, not REVERSE)
             b_f = b_x * tl.exp2(b_e)
@@ -86,7 +86,7 @@ def chunk_outputs(
     b_a = tl.where(m_a, b_a, 0.0)
     if p_own is not None:
         b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
-    b_a, b_al = halves(b_a, dtype, PACKED)
+    b_a, b_al = halves(b_a, dtype, PAIRED)
     b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
     b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
     store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)

@@ -58,9 +58,9 @@ def sums_before(b_x, axis: tl.constexpr, REVERSE: tl.constexpr = False):
 
 
 @triton.jit
-def halves(b_x, dtype: tl.constexpr, PACKED: tl.constexpr = True):
-    """x as the sum of two numbers of a narrow dtype; not PACKED where that spills."""
-    if COMPILED and PACKED and dtype == tl.bfloat16:
+def halves(b_x, dtype: tl.constexpr, PAIRED: tl.constexpr = True):
+    """x as the sum of two numbers of a narrow dtype; PAIRED, two x at a time, unless that spills."""
+    if COMPILED and PAIRED and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             BFLOAT16_HALVES, "=&r,=r,r,r", [b_x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
