@@ -33,7 +33,7 @@ from fla_compile.kernels.decay_scan import chunk_at, first_state, store_last, wa
 from fla_compile.kernels.decay_scan_gates import any_beyond, channel_sums, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import add_both, halves, sums_before
 from fla_compile.kernels.decay_segments import chunk_of
-from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, tile_mask
+from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, tile_mask, touch
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
 __all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
@@ -151,6 +151,12 @@ def chunk_states_kernel(
         m_c = t_0 + o_c < t_e
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
+        if X > BX:  # with two stages the next chunk is loaded when this one is done
+            _, t_n, i_next = chunk_at(tl.minimum(i_n + 1, n_c - 1), n_c, t_a, i_seq, H, C, REVERSE)
+            o_r, i_x = tl.minimum(o_c, t_e - 1 - t_n), tl.program_id(1) * BX
+            touch(p_g + i_next // RG * X, o_r * (H // RG), i_x, X, BX)
+            touch(p_z + i_next // RZ * X, o_r * (H // RZ), i_x, X, BX)
+            touch(p_w + i_next // RW * W, o_r * (H // RW), i_w * BW, W, BW)
         b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
         b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
         b_gh, b_gl = halves(load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X), dtype, False)

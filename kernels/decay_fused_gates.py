@@ -12,6 +12,7 @@ from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import SHARE, chunk_scan_rows_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, ceil_div
+from fla_compile.kernels.decay_triton_common import device_arch
 from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.launch_record import empty
 
@@ -21,6 +22,8 @@ __all__ = ["launch_grads", "launch_outputs", "launch_states", "new_bonus_grads",
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
 # Chunks are shared among no fewer of its programs, which fill any device.
 EXACT_PROGRAMS = 1024
+# The first architecture on which a pass has registers to spare.
+SPARE_FROM = 90
 
 _launches: dict[tuple[Any, ...], Launch] = {}
 
@@ -39,9 +42,9 @@ def launch_outputs(
     scales: tuple[float, float, float], st: Tensor | None = None, h: Tensor | None = None, packed: Part | None = None,
     packing: Packing | None = None, own: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """o, or in reverse dv; to h, if given, the states at the ends of chunks, from which it is made where a pass has not
-    the same chunks; `own` are the rows' scores with themselves where the state is read before the update."""
-    if not plan.held or (h is not None and plan.wide.chunk != plan.tall.chunk):
+    """o, or in reverse dv; to h, if given, the states at the ends of chunks, from which it is made where the plan has
+    `chunks`; `own` are the rows' scores with themselves where the state is read before the update."""
+    if not plan.held or (h is not None and plan.chunks is not None):
         h = new_states(plan, z, packing) if h is None else h
         s_in, s_y, s_st = scales
         launch_states(plan, z, w, g, reverse=reverse, s0=s0, st=st, h=h, scales=(s_in, s_st), packed=packed)
@@ -53,7 +56,8 @@ def launch_outputs(
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (*scales, plan.limit)
-    _launch(chunk_scan_rows_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways)
+    kept = 1 if h is None else plan.tall.chunk // config.chunk, device_arch(z.device) >= SPARE_FROM
+    _launch(chunk_scan_rows_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, kept)
 
 
 def launch_states(
@@ -133,18 +137,18 @@ def _ranges(plan: Scans, programs: int, like: Tensor) -> Tensor:
 def _launch(
     kernel: Any, plan: Scans, config: Config, grid: tuple[int, ...], operands: tuple[Tensor | None, ...],
     numbers: tuple[float, ...], segments: int, tile: tuple[int, ...], flags: tuple[int, ...],
-    heads: tuple[int, ...], *, exact: bool = True, shared: bool = False,
+    heads: tuple[int, ...], more: tuple[int, ...] = (), *, exact: bool = True, shared: bool = False,
 ) -> None:  # fmt: skip
     """`kernel` as the table has it, and again for what that finds out of range, which fewer programs look after where
-    that is `shared` among them."""
+    that is `shared` among them; `more` are constants of a pass."""
     layouts = tuple(map(layout, operands))
     for again in ((True,) if plan.limit < 0 else (False, True)) if exact else (None,):
-        key = (kernel.fn, plan, grid, segments, flags, again, layouts)
+        key = (kernel.fn, plan, grid, segments, flags, again, more, layouts)
         launch = _launches.get(key)
         if launch is None:
             # only the tiles of the table are known to compile to what they mean: smaller sizes are masked
             sizes = plan.T, plan.length, segments, *grid[:shared], plan.H, plan.K, plan.V, *tile
-            rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads, plan.before)
+            rest = (*flags, *(() if again is None else (again,)), plan.precision, *heads, plan.before, *more)
             options = EXACT_OPTIONS if again else {"num_warps": config.num_warps, "num_stages": config.num_stages}
             device = next(x.device for x in operands if x is not None)
             few = (min(grid[0], max(EXACT_PROGRAMS, ceil_div(grid[0], SHARE.value))),)

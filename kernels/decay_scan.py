@@ -28,7 +28,7 @@ Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan_sums import SUMS, halves
+from fla_compile.kernels.decay_scan_sums import SUMS, halves, store_sums
 from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_tiles import (
     load_state,
@@ -38,6 +38,7 @@ from fla_compile.kernels.decay_tiles import (
     store_state,
     store_tile,
     tile_mask,
+    touch,
     turn,
 )
 from fla_compile.kernels.decay_triton_common import (
@@ -180,12 +181,6 @@ def store_last(
         store_state(p_st, i_nh, b_s, o_x, o_w, m_s, X, W)
     else:
         store_packed(p_st, p_table, b_s, o_x, o_w, m_s, H, X, W, BW, REVERSE)
-
-
-@triton.jit
-def store_sums(p_r, b_y, b_e, s_y, m_r, TURNED: tl.constexpr):
-    """The rows' sums of y e over the columns."""
-    tl.store(p_r, tl.sum(turn(b_y, TURNED) * b_e, 1) * s_y, mask=m_r)
 
 
 @triton.jit
@@ -332,6 +327,13 @@ def chunk_scan_kernel(
             m_a &= o_i < t_e  # beyond the end b_f goes on
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
+        if PART == QUERIES:  # the next chunk is loaded when this one is done
+            _, t_n, i_next = chunk_at(tl.minimum(i_n + 1, n_c - 1), n_c, t_a, i_seq, H, C, REVERSE)
+            o_r = tl.minimum(o_c, t_e - 1 - t_n)
+            touch(p_x + i_next // RX * X, o_r * (H // RX), 0, X, BX)
+            touch(p_z + i_next // RZ * X, o_r * (H // RZ), 0, X, BX)
+            touch(p_w + i_next // RW * W, o_r * (H // RW), i_w * BW, W, BW)
+            touch(p_e + i_next // RE * W, o_r * (H // RE), i_w * BW, W, BW)
         b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
         b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
         if PART != PLAIN:

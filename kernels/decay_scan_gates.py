@@ -14,12 +14,13 @@ middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and
     y_i = x~_i^T S~ + sum_{j <= i} (x~_i . z~_j) w_j      S' = exp(m) (S~ + sum_j z~_j w_j^T)
 
 and in reverse with -e in the place of e. Products inside the chunk take each factor and the scores in two parts of the
-operands' dtype (`halves`): rounded once, they were most of the error. Chunks shorter than LONG leave so much to the
-state that it takes both parts too. The sums over a chunk's rows are products of the gates' two parts with a triangle:
-sums over rows wait for every warp, products do not. The factors must be in range: sum_i |g_i| of a chunk must stay
-below a limit. The pass writes the largest such sum it met, and where that is above the limit a second launch of the
-same program (EXACT) does its work again with every exp(c_i - c_j) by itself, a column at a time; elsewhere it returns
-at once. So ordinary decays run at the speed of matrix products, and any decay is right.
+operands' dtype (`halves`): rounded once, they were most of the error. Chunks of a pass are short and leave so much to
+the state that it takes both parts too, and where there are registers (SMALL) its query's as well. The sums over a
+chunk's rows are products of the gates' two parts with a triangle: sums over rows wait for every warp, products do not.
+m is e of the last row. The factors must be in range: 2 max_i |e_i| of a chunk must stay below a limit. The pass writes
+the largest it met, and where that is above the limit a second launch of the same program (EXACT) does its work again
+with every exp(c_i - c_j) by itself, a column at a time; elsewhere it returns at once. So ordinary decays run at the
+speed of matrix products, and any decay is right.
 
 RWKV-6 reads the state before a step's own update (BEFORE): the query of row i, x forward and z in reverse, then has
 c_i - g_i in the place of c_i, rows meet earlier ones alone, and themselves with a score that is given, of the bonus.
@@ -29,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_scan import LONG, chunk_at, first_state, store_last, walk_program
+from fla_compile.kernels.decay_scan import chunk_at, first_state, store_last, walk_program
 from fla_compile.kernels.decay_scan_sums import halves, sums_before
 from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, tile_mask
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
@@ -50,13 +51,15 @@ __all__ = [
 
 # The fewest columns of a product.
 PADDED = tl.constexpr(16)
+# Rows of a state that leave registers for a query in two parts.
+SMALL = tl.constexpr(64)
 # Programs whose chunks one program of an exact launch looks after at most: one for each takes 2 ns though it return at
 # once.
 SHARE = tl.constexpr(32)
 
 
 def largest_range(dtype: torch.dtype) -> float:
-    """The limit of sum_i |g_i| of a chunk, in base 2: factors reach 2^(limit / 2), and float16 ends at 2^16."""
+    """The limit of a chunk's range, in base 2: factors reach 2^(limit / 2), and float16 ends at 2^16."""
     return 12.0 if dtype == torch.float16 else 200.0
 
 
@@ -88,6 +91,27 @@ def from_middle(b_h, b_l, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr, B
         b_m = -b_m
     b_m = b_m.to(b_h.dtype)
     return tl.dot(b_m, b_l, tl.dot(b_m, b_h, input_precision=PRECISION), input_precision=PRECISION)
+
+
+@triton.jit
+def larger(b_x, b_y):
+    """The maximum, and no number where either is none."""
+    return tl.maximum(b_x, b_y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_factors(b_range, b_e, C: tl.constexpr, BX: tl.constexpr):
+    """b_range [8, BX / 8, 4] with the largest |e| of [C, BX], as far as threads have them to themselves."""
+    b_e = tl.reshape(tl.abs(b_e), (C // 8, 8, BX // 8, 4, 2))
+    return larger(b_range, tl.reduce(tl.reduce(b_e, 4, larger), 0, larger))
+
+
+@triton.jit
+def from_middle_to_end(b_e, o_c, C: tl.constexpr, REVERSE: tl.constexpr, BEFORE: tl.constexpr):
+    """m, from what `from_middle` gives: half of the chunk's decay."""
+    END: tl.constexpr = 0 if BEFORE else C - 1
+    b_m = tl.sum(tl.where((o_c == END)[:, None], b_e, 0.0), 0)
+    return b_m if REVERSE == BEFORE else -b_m
 
 
 @triton.jit
@@ -152,14 +176,15 @@ def chunk_scan_rows_kernel(
     REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     RX: tl.constexpr = 1, RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1,
-    BEFORE: tl.constexpr = False,
+    BEFORE: tl.constexpr = False, KEPT: tl.constexpr = 1, SPARE: tl.constexpr = True,
 ):  # fmt: skip
-    """BX covers X. Arguments as for `chunk_scan_kernel`; p_h, if given, gets the state before every chunk. BEFORE a
-    step's update it is read, with p_own, if given, [B, T, H] the rows' scores with themselves."""
+    """BX covers X. Arguments as for `chunk_scan_kernel`; p_h, if given, gets the state before every KEPT chunks. BEFORE
+    a step's update it is read, with p_own, if given, [B, T, H] the rows' scores with themselves. SPARE: registers are
+    left, so that what is known of e's range and last row comes from e; it spilled 440 bytes on sm_80."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return
-    i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
+    i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C * KEPT, REVERSE)
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
@@ -168,8 +193,11 @@ def chunk_scan_rows_kernel(
 
     m_s = tile_mask(o_x < X, o_w, W, BW, BX == X)
     b_s = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_x, o_w, m_s, X, W, BX, BW, False, HAS_S0)
-    b_range = tl.zeros((BX,), tl.float32)
-    for i_n in range(n_c):
+    if SPARE:
+        b_range = tl.zeros((8, BX // 8, 4), tl.float32)
+    else:
+        b_range = tl.zeros((BX,), tl.float32)
+    for i_n in tl.range(n_c, disable_licm=True):  # hoisted, what no step changes spilled up to 200 bytes
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
@@ -177,7 +205,8 @@ def chunk_scan_rows_kernel(
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         if p_h is not None:
-            store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
+            if i_n == 0 or i_c % KEPT == (KEPT - 1 if REVERSE else 0):
+                store_state(p_h, i_state + i_c // KEPT, b_s, o_x, o_w, m_s, X, W)
         if EXACT:  # first, while there are registers
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             n_j = tl.minimum(t_e - t_0, C)
@@ -206,10 +235,14 @@ def chunk_scan_rows_kernel(
             b_s *= tl.exp2(b_all)[:, None]
             b_y = tl.dot(b_a.to(dtype), b_w, b_y, input_precision=PRECISION)
         else:
-            b_gh, b_gl = halves(b_g, dtype, False)
+            b_gh, b_gl = halves(b_g, dtype)
             b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, BEFORE and REVERSE)
-            b_range = tl.maximum(b_range, channel_sums(tl.abs(b_gh), None, C, PRECISION))
-            b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
+            if SPARE:
+                b_range = largest_factors(b_range, b_e, C, BX)
+                b_half = tl.exp2(from_middle_to_end(b_e, o_c, C, REVERSE, BEFORE and REVERSE))
+            else:
+                b_range = larger(b_range, 0.5 * channel_sums(tl.abs(b_gh), None, C, PRECISION))
+                b_half = tl.exp2(0.5 * channel_sums(b_gh, b_gl, C, PRECISION))
             b_s *= b_half[:, None]
             b_z, b_zl = halves(b_z * tl.exp2(-b_e), dtype)
             if BEFORE:
@@ -223,11 +256,14 @@ def chunk_scan_rows_kernel(
             if p_own is not None:
                 b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
             b_a, b_al = halves(b_a, dtype)
-            b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION)
+            b_h = b_s.to(dtype)
+            b_y = tl.dot(b_x, b_h, input_precision=PRECISION)
+            if SPARE and BX <= SMALL:
+                b_y = tl.dot(b_xl, b_h, b_y, input_precision=PRECISION)
             b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
             b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
         store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
-        if C < LONG and not EXACT:
+        if not EXACT:
             b_s = tl.dot(tl.trans(b_zl), b_w, b_s, input_precision=PRECISION)
         b_s = tl.dot(tl.trans(b_z), b_w, b_s, input_precision=PRECISION)
         if not EXACT:
@@ -235,4 +271,4 @@ def chunk_scan_rows_kernel(
     if FINAL:
         store_last(p_st, p_table, i_nh, b_s * s_st, o_x, o_w, m_s, H, X, W, BW, REVERSE)
     if not EXACT:
-        tl.store(p_range + tl.program_id(0), tl.max(b_range, 0))
+        tl.store(p_range + tl.program_id(0), 2.0 * tl.reduce(tl.ravel(b_range), 0, larger))

@@ -23,15 +23,14 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from fla_compile.kernels.decay_segments import COLUMNS
+from fla_compile.kernels.decay_tiles import COMPILED, turn
 
-__all__ = ["SUMS", "Sums", "add_both", "halves", "row_decay_grad_kernel", "segment_of", "sums_before"]
+__all__ = ["SUMS", "Sums", "add_both", "halves", "row_decay_grad_kernel", "segment_of", "store_sums", "sums_before"]
 
 # Sums a row and block of columns: q . dq, k . dk" and k . dk'.
 SUMS = tl.constexpr(3)
-COMPILED = tl.constexpr(not knobs.runtime.interpret)
 # Two numbers at a time, to the nearest; Triton's own conversion there and back takes them one by one (`NOTES.md`).
 BFLOAT16_HALVES = tl.constexpr("""{
     .reg .b32 %a, %b;
@@ -73,6 +72,12 @@ def halves(b_x, dtype: tl.constexpr, PAIRED: tl.constexpr = True):
 def add_both(a_x, a_y, b_x, b_y):
     """Two sums at once."""
     return a_x + b_x, a_y + b_y
+
+
+@triton.jit
+def store_sums(p_r, b_y, b_e, s_y, m_r, TURNED: tl.constexpr):
+    """The rows' sums of y e over the columns."""
+    tl.store(p_r, tl.sum(turn(b_y, TURNED) * b_e, 1) * s_y, mask=m_r)
 
 
 @triton.jit

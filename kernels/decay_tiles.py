@@ -2,8 +2,25 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
-__all__ = ["load_state", "load_tile", "product", "steps", "store_state", "store_tile", "tile_mask", "turn"]
+__all__ = [
+    "COMPILED",
+    "load_state",
+    "load_tile",
+    "product",
+    "steps",
+    "store_state",
+    "store_tile",
+    "tile_mask",
+    "touch",
+    "turn",
+]
+
+COMPILED = tl.constexpr(not knobs.runtime.interpret)
+# Bits of a cache line.
+LINE = tl.constexpr(1024)
+PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -26,6 +43,17 @@ def load_tile(p_x, o_row, o_col, m_x, WIDTH: tl.constexpr):
         return tl.load(p_t)
     else:
         return tl.load(p_t, mask=m_x, other=0.0)
+
+
+@triton.jit
+def touch(p_x, o_row, i_first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Have the rows of a tile of BLOCK columns from i_first on brought to the L2 cache, for a load that comes later."""
+    if COMPILED:
+        N: tl.constexpr = LINE // p_x.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = (BLOCK + N - 1) // N
+        o_col = tl.minimum(i_first + tl.arange(0, LINES) * N, WIDTH - 1)
+        p_t = p_x + (o_row * WIDTH)[:, None] + o_col[None, :]
+        tl.inline_asm_elementwise(PREFETCH, "=r,l", [p_t.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

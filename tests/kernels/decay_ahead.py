@@ -26,7 +26,7 @@ WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dg
 WIDE |= {"p_u", "p_gv", "p_sums", "p_carry", "p_bonus", "p_own", "p_du"}
 NO_SUMS = "p_e", "p_h", "p_sums", "p_carry"
 # Of the heads, how many share an operand; segments begin with states of their own, read after a step's update.
-DEFAULTS = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1) | dict(RUNUP=False, BEFORE=False)
+DEFAULTS = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1) | dict(RUNUP=False, BEFORE=False, KEPT=1)
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch, where it sets aside up to twelve.
@@ -113,7 +113,7 @@ def gates_of(row, values=None, packed=False, bonus=False):
     tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=config.block_k, BW=config.block_v, **table)
     for reverse in (False, True):
         tile |= dict(REVERSE=reverse, EVEN=not reverse and not packed)
-        walk = dict(tile, FINAL=True, HAS_S0=True, **joints)
+        walk = dict(tile, FINAL=True, HAS_S0=True, SPARE=row.arch >= decay_fused_gates.SPARE_FROM, **joints)
         if row.launch == "states":
             yield gates.chunk_states_kernel, dict(walk, p_gt=None)
             yield gates.chunk_states_kernel, dict(walk, HAS_S0=False, p_h=None, p_s0=None, p_u=None)
@@ -123,8 +123,9 @@ def gates_of(row, values=None, packed=False, bonus=False):
                 yield decay_chunk_outputs.chunk_outputs_kernel, dict(tile, EXACT=exact)
             else:
                 yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact, p_h=None)
-                if config.chunk == TABLE[dataclasses.replace(row, launch="tall")][0].chunk:
-                    yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact)
+                if dataclasses.replace(row, launch="chunks") not in TABLE:  # the pass leaves the states as well
+                    kept = TABLE[dataclasses.replace(row, launch="tall")][0].chunk // config.chunk
+                    yield decay_scan_gates.chunk_scan_rows_kernel, dict(walk, EXACT=exact, KEPT=kept)
 
 
 def passes_of(row, kind, values=None, packed=False, runup=False):

@@ -4,6 +4,8 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -145,8 +147,17 @@ def interpret() -> None:
         x = make_inputs(case, torch.float16)
         tiles = dict(wide=blocks, tall=blocks) | choices
         scans = decay_fused.plan_scans(x.q, x.v, KIND[case.family], **tiles)
+        assert scans is not None
         check_results(case, x, run_kernels(x, scans=scans), torch.float16)
         print("ok fused", case)
+    spare, decay_fused_gates.SPARE_FROM = decay_fused_gates.SPARE_FROM, 100  # no registers to spare
+    for T, decay in ((70, "strong"), (40, "resets")):
+        case = Case("gla", T, decay, B=1, H=1, K=24, V=40)
+        x = make_inputs(case, torch.float16)
+        scans = decay_fused.plan_scans(x.q, x.v, "vector", wide=blocks, tall=blocks)
+        check_results(case, x, run_kernels(x, scans=scans), torch.float16)
+        print("ok fused", case)
+    decay_fused_gates.SPARE_FROM = spare
     for limit in (1.0, -1.0):  # two programs share what is out of range: all but the short last chunk, and that too
         case = Case("gla", 70, "weak", B=1, H=2, K=24, V=40)
         x = make_inputs(case, torch.float16)
@@ -184,7 +195,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 46
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 48
 
 
 def test_every_size_has_a_split_row():
@@ -342,6 +353,22 @@ def test_gpu_growing(family, size):
         truth, eager = naive_results(case, x, torch.float64)["dg"], narrow_results(case, x, dtype)["dg"]
         got = run_kernels(x)["dg"]
         check_where_finite(str(case), got, truth, eager.to(got.dtype), floor=4 * CAP[dtype], every_row=True)
+
+
+@pytest.mark.gpu
+def test_gpu_shared_chunks():
+    """More chunks than an exact launch has programs, some out of range, some not."""
+    dtype = torch.bfloat16
+    case = Case("gla", 1030, "weak", B=4, H=16, K=72, V=96)
+    x = make_inputs(case, dtype)
+    x = on_gpu(replace(x, g=torch.where(torch.rand(*x.g.shape[:3], 1) < 4e-3, -100.0, x.g)))
+    got, again = run_kernels(x), run_kernels(x)
+    few = decay_fused_gates.EXACT_PROGRAMS
+    grids = [launch.grid for launch in decay_fused_gates._launches.values()]
+    assert grids.count((few, 1, 1)) >= 2, f"what is out of range is shared by {few} programs: {grids}"
+    for name in got:
+        assert torch.equal(got[name], again[name]), f"{case} {name} differs from run to run"
+    check_results(case, x, got, dtype, naive_results(case, x, torch.float64), narrow_results(case, x, dtype))
 
 
 @pytest.mark.gpu
