@@ -6,8 +6,9 @@ state before a chunk, forward, or R the gradient of the state after it, in rever
     y_i = x~_i^T S~ + sum_{j <= i} (x~_i . z~_j) w_j
 
 with the factors of `decay_scan_gates`, in two parts as there. The scores are sums over all keys, so a program takes the
-keys block by block, and has a block of columns. One that meets a chunk out of range leaves that to a second launch of
-the same program (EXACT), which takes every exp(c_i - c_j) by itself.
+keys block by block, and has a block of columns. One that meets a chunk out of range, by sum_i |g_i|, which is no less
+than 2 max_i |e_i|, leaves that to a second launch of the same program (EXACT), which takes every exp(c_i - c_j) by
+itself.
 """
 
 import triton

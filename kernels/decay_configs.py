@@ -16,7 +16,7 @@ rows with at most 16 bytes; the tests prove it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = [
     "ARCHS",
@@ -47,7 +47,7 @@ KINDS = {"none": "row", "constant": "row", "scalar": "row", "vector": "key"}
 @dataclass(frozen=True)
 class Config:
     """`chunk` rows a chunk; `block_k`, `block_v` the largest tile sides; `shared` the most bytes a kernel needs and
-    `stack` the most it spills."""
+    `stack` the most it spills; `spare`, whether registers are left (`chunk_scan_rows_kernel`)."""
 
     chunk: int
     block_k: int
@@ -56,6 +56,7 @@ class Config:
     num_stages: int
     shared: int
     stack: int = 0
+    spare: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ def _passes(
     return {Row(arch, name, "row", 2, size): (Config(x[0], size, *x[1:]),) for name, x in shapes.items()}
 
 
-def _gate(arch: int, size: int, launch: str, *config: int) -> dict[Row, tuple[Config, ...]]:
+def _gate(arch: int, size: int, launch: str, *config: int, spare: bool = True) -> dict[Row, tuple[Config, ...]]:
     """What the fused launch has for a gate a key: `wide` has all rows of a state at once, the others have blocks."""
-    return {Row(arch, launch, "key", 2, size): (Config(*config),)}
+    return {Row(arch, launch, "key", 2, size): (Config(*config, spare=spare),)}
 
 
 # Columns: chunk, block_k, block_v, num_warps, num_stages, shared, stack; a pass has no block_k, and `wide` is first,
@@ -103,10 +104,10 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     Row(90, "outputs", "row", 2, 256): (Config(128, 128, 128, 8, 2, 196608),),
     **_passes(80, 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408), (32, 64, 4, 2, 24576)),
     **_passes(80, 128, (32, 64, 8, 2, 37888), (32, 64, 8, 2, 37888)),
-    **_gate(80, 64, "wide", 32, 64, 64, 4, 2, 28672),
+    **_gate(80, 64, "wide", 32, 64, 64, 4, 2, 28672, spare=False),
     **_gate(80, 64, "states", 32, 64, 64, 4, 2, 24576),
     **_gate(80, 64, "tall", 32, 64, 64, 4, 1, 24704),
-    **_gate(80, 128, "wide", 32, 128, 64, 8, 2, 53248, 48),
+    **_gate(80, 128, "wide", 32, 128, 64, 8, 2, 53248, 48, spare=False),
     **_gate(80, 128, "states", 32, 128, 64, 8, 2, 45056),
     **_gate(80, 128, "tall", 32, 128, 64, 4, 1, 32768),
     **_gate(80, 256, "states", 32, 64, 64, 4, 2, 24576),

@@ -12,7 +12,6 @@ from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import SHARE, chunk_scan_rows_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, ceil_div
-from fla_compile.kernels.decay_triton_common import device_arch
 from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.launch_record import empty
 
@@ -22,8 +21,6 @@ __all__ = ["launch_grads", "launch_outputs", "launch_states", "new_bonus_grads",
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
 # Chunks are shared among no fewer of its programs, which fill any device.
 EXACT_PROGRAMS = 1024
-# The first architecture on which a pass has registers to spare.
-SPARE_FROM = 90
 
 _launches: dict[tuple[Any, ...], Launch] = {}
 
@@ -56,8 +53,9 @@ def launch_outputs(
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways, numbers = (tile, flags, shares(plan.H, x, z, w, g)), (*scales, plan.limit)
-    kept = 1 if h is None else plan.tall.chunk // config.chunk, device_arch(z.device) >= SPARE_FROM
-    _launch(chunk_scan_rows_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, kept)
+    kept = 1 if h is None else plan.tall.chunk // config.chunk
+    more = kept, config.spare
+    _launch(chunk_scan_rows_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, more)
 
 
 def launch_states(
@@ -143,7 +141,7 @@ def _launch(
     that is `shared` among them; `more` are constants of a pass."""
     layouts = tuple(map(layout, operands))
     for again in ((True,) if plan.limit < 0 else (False, True)) if exact else (None,):
-        key = (kernel.fn, plan, grid, segments, flags, again, more, layouts)
+        key = (kernel.fn, plan, grid, segments, flags, again, layouts)
         launch = _launches.get(key)
         if launch is None:
             # only the tiles of the table are known to compile to what they mean: smaller sizes are masked

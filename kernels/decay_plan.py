@@ -116,7 +116,7 @@ def _plan(
         return None
     tall = found.get("tall") or found.get("grads") or wide
     if states is not None:  # what is left at the ends of chunks, by `states` or `wide`, is read by chunks as long
-        if states.chunk % wide.chunk if chunks is None else states.chunk != chunks.chunk:
+        if (states.chunk != chunks.chunk) if chunks is not None else states.chunk % wide.chunk:
             return None
         assert tall is wide or states.chunk == tall.chunk
     # the two directions cut time alike, whatever their chunks

@@ -204,7 +204,7 @@ def chunk_scan_rows_kernel(
         m_a = met(o_t, REVERSE, BEFORE)
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
-        if p_h is not None:
+        if p_h is not None:  # in reverse the first of a walk may be the state of fewer chunks
             if i_n == 0 or i_c % KEPT == (KEPT - 1 if REVERSE else 0):
                 store_state(p_h, i_state + i_c // KEPT, b_s, o_x, o_w, m_s, X, W)
         if EXACT:  # first, while there are registers

@@ -113,7 +113,7 @@ def gates_of(row, values=None, packed=False, bonus=False):
     tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=config.block_k, BW=config.block_v, **table)
     for reverse in (False, True):
         tile |= dict(REVERSE=reverse, EVEN=not reverse and not packed)
-        walk = dict(tile, FINAL=True, HAS_S0=True, SPARE=row.arch >= decay_fused_gates.SPARE_FROM, **joints)
+        walk = dict(tile, FINAL=True, HAS_S0=True, SPARE=config.spare, **joints)
         if row.launch == "states":
             yield gates.chunk_states_kernel, dict(walk, p_gt=None)
             yield gates.chunk_states_kernel, dict(walk, HAS_S0=False, p_h=None, p_s0=None, p_u=None)
