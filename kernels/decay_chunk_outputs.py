@@ -50,7 +50,7 @@ def chunk_outputs(
     p_z += i_row // RZ * X
     p_g += i_row // RG * X
     p_h += i_state * (X * W)
-    m_a = met(o_c, REVERSE, BEFORE)
+    m_a = met(o_c, o_c, REVERSE, BEFORE)
     b_y = tl.zeros((C, BW), tl.float32)
     b_a = tl.zeros((C, C), tl.float32)
     b_range = tl.zeros((BX,), tl.float32)
@@ -86,7 +86,7 @@ def chunk_outputs(
     b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
     b_a = tl.where(m_a, b_a, 0.0)
     if p_own is not None:
-        b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
+        b_a = with_own(b_a, p_own + i_row, o_c, o_c, m_c, H)
     b_a, b_al = halves(b_a, dtype, PAIRED)
     b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
     b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)

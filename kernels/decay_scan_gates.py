@@ -15,7 +15,7 @@ middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and
 
 and in reverse with -e in the place of e. Products inside the chunk take each factor and the scores in two parts of the
 operands' dtype (`halves`): rounded once, they were most of the error. Chunks of a pass are short and leave so much to
-the state that it takes both parts too, and where there are registers (SMALL) its query's as well. The sums over a
+the state that it takes both parts too, and where there are registers (SPARE) its query's as well. The sums over a
 chunk's rows are products of the gates' two parts with a triangle: sums over rows wait for every warp, products do not.
 m is e of the last row. The factors must be in range: 2 max_i |e_i| of a chunk must stay below a limit. The pass writes
 the largest it met, and where that is above the limit a second launch of the same program (EXACT) does its work again
@@ -51,8 +51,6 @@ __all__ = [
 
 # The fewest columns of a product.
 PADDED = tl.constexpr(16)
-# Rows of a state that leave registers for a query in two parts.
-SMALL = tl.constexpr(64)
 # Programs whose chunks one program of an exact launch looks after at most: one for each takes 2 ns though it return at
 # once.
 SHARE = tl.constexpr(32)
@@ -154,19 +152,61 @@ def exact_scores(
 
 
 @triton.jit
-def met(o_c, REVERSE: tl.constexpr, BEFORE: tl.constexpr):
+def met(o_x, o_z, REVERSE: tl.constexpr, BEFORE: tl.constexpr):
     """Which scores [x's row, z's row] there are."""
     if REVERSE:
-        return o_c[None, :] > o_c[:, None] if BEFORE else o_c[None, :] >= o_c[:, None]
+        return o_z[None, :] > o_x[:, None] if BEFORE else o_z[None, :] >= o_x[:, None]
     else:
-        return o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :]
+        return o_x[:, None] > o_z[None, :] if BEFORE else o_x[:, None] >= o_z[None, :]
 
 
 @triton.jit
-def with_own(b_a, p_own, o_c, m_c, H: tl.constexpr):
+def with_own(b_a, p_own, o_x, o_z, m_x, H: tl.constexpr):
     """Scores in which each row meets itself with what p_own, that of the first row, holds for it."""
-    b_own = tl.load(p_own + o_c * H, mask=m_c, other=0.0)
-    return tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], b_a)
+    b_own = tl.load(p_own + o_x * H, mask=m_x, other=0.0)
+    return tl.where(o_x[:, None] == o_z[None, :], b_own[:, None], b_a)
+
+
+@triton.jit
+def stacked(b_h, b_l, C: tl.constexpr, N: tl.constexpr):
+    """Two parts of a tile as rows of one, eight and eight in turn: so a thread has both of what it has of a row."""
+    b_x = tl.permute(tl.reshape(tl.join(b_h, b_l), (C // 8, 8, N, 2)), (0, 3, 1, 2))
+    return tl.reshape(b_x, (2 * C, N))
+
+
+@triton.jit
+def sum_parts(b_x, C: tl.constexpr, N: tl.constexpr):
+    return tl.reshape(tl.sum(tl.reshape(b_x, (C // 8, 2, 8, N)), 1), (C, N))
+
+
+@triton.jit
+def both_parts(b_x, C: tl.constexpr, N: tl.constexpr):
+    """The sum of two parts in the rows of each."""
+    b_x = tl.sum(tl.reshape(b_x, (C // 8, 2, 8, N)), 1)
+    return tl.reshape(tl.broadcast_to(b_x[:, None], (C // 8, 2, 8, N)), (2 * C, N))
+
+
+@triton.jit
+def stacked_outputs(
+    b_x, b_xl, b_z, b_zl, b_w, b_s, t_0, t_e, p_own, i_row,
+    H: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr, REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
+    """y of a chunk with both parts of a query, and of a score, as rows of one product, which fill it."""
+    o_c = tl.arange(0, C)
+    o_p = tl.arange(0, 2 * C)
+    o_r = o_p // 16 * 8 + o_p % 8
+    b_q = stacked(b_x, b_xl, C, BX)
+    b_a = tl.dot(b_q, tl.trans(b_zl), input_precision=PRECISION)
+    b_a = both_parts(tl.dot(b_q, tl.trans(b_z), b_a, input_precision=PRECISION), C, C)
+    b_a = tl.where(met(o_r, o_c, REVERSE, BEFORE), b_a, 0.0)
+    if p_own is not None:
+        b_a = with_own(b_a, p_own + i_row, o_r, o_c, t_0 + o_r < t_e, H)
+    b_ah = b_a.to(b_x.dtype)
+    b_a = tl.where((o_p // 8 % 2 == 0)[:, None], b_ah, (b_a - b_ah.to(tl.float32)).to(b_x.dtype))
+    # summed after: added to one another, the two products would be given layouts that differ
+    b_y = sum_parts(tl.dot(b_q, b_s.to(b_x.dtype), input_precision=PRECISION), C, BW)
+    return b_y + sum_parts(tl.dot(b_a, b_w, input_precision=PRECISION), C, BW)
 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
@@ -201,7 +241,7 @@ def chunk_scan_rows_kernel(
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
-        m_a = met(o_t, REVERSE, BEFORE)
+        m_a = met(o_t, o_t, REVERSE, BEFORE)
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
         if p_h is not None:  # in reverse the first of a walk may be the state of fewer chunks
@@ -220,7 +260,7 @@ def chunk_scan_rows_kernel(
         b_g = load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X)
         if EXACT:
             if p_own is not None:
-                b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
+                b_a = with_own(b_a, p_own + i_row, o_c, o_c, m_c, H)
             b_e = tl.cumsum(b_g, 0)
             b_all = tl.sum(b_g, 0)
             # e to the end of the chunk in forward direction: from row j on, or up to row j
@@ -249,19 +289,22 @@ def chunk_scan_rows_kernel(
                 b_e = from_middle(b_gh, b_gl, o_c, REVERSE, PRECISION, not REVERSE)
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
             b_x, b_xl = halves(b_x * tl.exp2(b_e), dtype)
-            b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
-            b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
-            b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
-            b_a = tl.where(m_a, b_a, 0.0)
-            if p_own is not None:
-                b_a = with_own(b_a, p_own + i_row, o_c, m_c, H)
-            b_a, b_al = halves(b_a, dtype)
-            b_h = b_s.to(dtype)
-            b_y = tl.dot(b_x, b_h, input_precision=PRECISION)
-            if SPARE and BX <= SMALL:
-                b_y = tl.dot(b_xl, b_h, b_y, input_precision=PRECISION)
-            b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
-            b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
+            if SPARE:
+                b_y = stacked_outputs(
+                    b_x, b_xl, b_z, b_zl, b_w, b_s, t_0, t_e, p_own, i_row, H, C, BX, BW, REVERSE, PRECISION,
+                    BEFORE,
+                )  # fmt: skip
+            else:
+                b_a = tl.dot(b_xl, tl.trans(b_z), input_precision=PRECISION)
+                b_a = tl.dot(b_x, tl.trans(b_zl), b_a, input_precision=PRECISION)
+                b_a = tl.dot(b_x, tl.trans(b_z), b_a, input_precision=PRECISION)
+                b_a = tl.where(m_a, b_a, 0.0)
+                if p_own is not None:
+                    b_a = with_own(b_a, p_own + i_row, o_c, o_c, m_c, H)
+                b_a, b_al = halves(b_a, dtype)
+                b_y = tl.dot(b_x, b_s.to(dtype), input_precision=PRECISION)
+                b_y = tl.dot(b_al, b_w, b_y, input_precision=PRECISION)
+                b_y = tl.dot(b_a, b_w, b_y, input_precision=PRECISION)
         store_tile(p_y + i_row * W, b_y * s_y, o_c * H, o_w, m_w, W)
         if not EXACT:
             b_s = tl.dot(tl.trans(b_zl), b_w, b_s, input_precision=PRECISION)
