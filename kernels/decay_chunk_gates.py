@@ -36,13 +36,24 @@ from fla_compile.kernels.decay_segments import chunk_of
 from fla_compile.kernels.decay_tiles import load_tile, store_state, store_tile, tile_mask, touch
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
-__all__ = ["chunk_grads_kernel", "chunk_states_kernel"]
+__all__ = [
+    "GROWTH",
+    "add_own",
+    "chunk_grads_kernel",
+    "chunk_states_kernel",
+    "exact_pairs",
+    "load_block",
+    "load_masked",
+    "state_products",
+]
 
 # What grows by 2^x in a chunk takes x GROWTH of the range: of the largest, 200, so that no more than 2^10 is left to
 # it, and seven bits of the factors' two parts in bfloat16. Float16's own range says less than 2^12.
 GROWTH = tl.constexpr(20.0)
 # What <S, R> may be, which has to come before e^L; above it, or no number, it is the exact launch's.
 LARGEST = tl.constexpr(2.0**126)
+# Where a float32 has its exponent.
+EXPONENT = tl.constexpr(23)
 
 
 @triton.jit
@@ -101,6 +112,34 @@ def add_own(b_dx, b_own, b_x, p_bonus, o_k, K: tl.constexpr, BEFORE: tl.constexp
 
 
 @triton.jit
+def exact_pairs(
+    p_g, p_k, b_p, b_q, b_dq, n_j, o_c, o_k, HG: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, DK: tl.constexpr, DG: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and the decay's gradient of n_j rows of a chunk with what P brings, a column at a time. b_dq comes with
+    what S brings; g and k have HG and HK heads. Without DK, or DG, the last two, or one, are zero."""
+    if DG:
+        b_dg = sums_from(b_q * b_dq, BEFORE)
+    else:
+        b_dg = tl.zeros((C, BK), tl.float32)
+    b_dk = tl.zeros((C, BK), tl.float32)
+    b_e = tl.zeros((C, BK), tl.float32)
+    for i_j in range(n_j):
+        j = n_j - 1 - i_j
+        b_gj = as_decay(load_row(p_g + j * HG * K, o_k, K)) * LOG2_E
+        b_kj = load_row(p_k + j * HK * K, o_k, K)
+        b_pj = tl.sum(tl.where((o_c == j)[None, :], b_p, 0.0), 1)[:, None] * tl.exp2(b_e)
+        b_dq += b_pj * b_kj[None, :]
+        if DK:
+            b_pj *= b_q
+            b_dk += tl.where((o_c == j)[:, None], tl.sum(b_pj, 0)[None, :], 0.0)
+            if DG:
+                b_dg += tl.where((o_c > j)[:, None], sums_from(b_pj * b_kj[None, :], BEFORE), 0.0)
+        b_e += tl.where((o_c > j if BEFORE else o_c >= j)[:, None], b_gj[None, :], 0.0)
+    return b_dq, b_dk, b_dg
+
+
+@triton.jit
 def load_values(
     p_do, p_v, i_v, o_c, m_c,
     H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, RV: tl.constexpr, EVEN: tl.constexpr,
@@ -126,16 +165,41 @@ def load_masked(p_x, m_x):
         return tl.load(p_x, mask=m_x, other=0.0)
 
 
+@triton.jit
+def sums_after_and_all(b_h, b_l, C: tl.constexpr, BX: tl.constexpr, PRECISION: tl.constexpr):
+    """sum_{i > t} x_i [C, BX] and that of all rows [BX], x in two parts, by one product: what is read in two layouts
+    is not copied ahead of time. Eight rows have the one and eight the other in turn, which a thread then has both."""
+    o_m = tl.arange(0, 2 * C)
+    m_all = (o_m // 8 % 2 == 1)[:, None] | ((o_m // 16 * 8 + o_m % 8)[:, None] < tl.arange(0, C)[None, :])
+    b_m = m_all.to(b_h.dtype)
+    b_y = tl.dot(b_m, b_l, tl.dot(b_m, b_h, input_precision=PRECISION), input_precision=PRECISION)
+    b_y = tl.permute(tl.reshape(b_y, (C // 8, 2, 8, BX)), (0, 2, 3, 1))
+    b_after, b_all = tl.split(b_y)
+    return tl.reshape(b_after, (C, BX)), tl.max(tl.reshape(b_all, (C, BX)), 0)
+
+
+@triton.jit
+def row_factors(b_s):
+    """Powers of two, and their inverses, that bring the rows of a state to where float16 has all its bits: up to 2^15.
+    Rows below 2^-112 stay smaller; what is no number stays none."""
+    b_x = tl.maximum((tl.max(tl.abs(b_s), 1)).to(tl.int32, bitcast=True) >> EXPONENT, 15)
+    b_f, b_down = (b_x - 14) << EXPONENT, (268 - b_x) << EXPONENT
+    return b_f.to(tl.float32, bitcast=True), b_down.to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["T", "L", "n_s"])
 def chunk_states_kernel(
-    p_z, p_w, p_g, p_s0, p_st, p_gt, p_h, p_table, p_u, s_in, s_st, T, L, n_s,
+    p_z, p_w, p_g, p_s0, p_st, p_gt, p_h, p_f, p_table, p_u, s_in, s_st, T, L, n_s,
     H: tl.constexpr, X: tl.constexpr, W: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     REVERSE: tl.constexpr, FINAL: tl.constexpr, HAS_S0: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     RZ: tl.constexpr = 1, RW: tl.constexpr = 1, RG: tl.constexpr = 1, BEFORE: tl.constexpr = False,
+    CHUNKS: tl.constexpr = 1,
 ):  # fmt: skip
     """Arguments as for `chunk_scan_rows_kernel`, with no output, and a second axis of programs for the X blocks. p_h
-    gets the state before every chunk, p_st with FINAL the last one, p_gt the segment's log decay in base 2."""
-    i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C, REVERSE)
+    gets the state before every chunk, CHUNKS of which stand in the place of one, divided by the `row_factors` that p_f,
+    if given, gets for BW = W; p_st with FINAL the last one, p_gt the segment's log decay in base 2."""
+    i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C * CHUNKS, REVERSE)
+    i_state *= CHUNKS
     dtype = p_w.dtype.element_ty
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
@@ -161,13 +225,21 @@ def chunk_states_kernel(
         b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
         b_gh, b_gl = halves(load_gates(p_g + i_row // RG * X, o_c * (H // RG), o_x, m_x, X), dtype, False)
         if p_h is not None:
-            store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_s, X, W)
-        if REVERSE:
-            b_m = (o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :]).to(dtype)
+            b_h = b_s
+            if p_f is not None:
+                b_f, b_down = row_factors(b_s)
+                b_h *= b_down[:, None]
+                tl.store(p_f + (i_state + i_c) * X + o_x, b_f, mask=o_x < X)
+            store_state(p_h, i_state + i_c, b_h, o_x, o_w, m_s, X, W)
+        if p_f is not None:
+            b_e, b_all = sums_after_and_all(b_gh, b_gl, C, BX, PRECISION)
         else:
-            b_m = (o_c[:, None] < o_c[None, :]).to(dtype)
-        b_e = tl.dot(b_m, b_gl, tl.dot(b_m, b_gh, input_precision=PRECISION), input_precision=PRECISION)
-        b_all = channel_sums(b_gh, b_gl, C, PRECISION)
+            if REVERSE:
+                b_m = (o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :]).to(dtype)
+            else:
+                b_m = (o_c[:, None] < o_c[None, :]).to(dtype)
+            b_e = tl.dot(b_m, b_gl, tl.dot(b_m, b_gh, input_precision=PRECISION), input_precision=PRECISION)
+            b_all = channel_sums(b_gh, b_gl, C, PRECISION)
         if p_gt is not None:
             b_total += b_all
         b_s *= tl.exp2(b_all)[:, None]
@@ -240,23 +312,10 @@ def chunk_grads(
         b_dq = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
     if EXACT:
         b_dq *= tl.exp2(sums_before(b_g, 0) if BEFORE else b_c)
-        if p_dg is not None:
-            b_dg = sums_from(b_q * b_dq, BEFORE)
-        b_dk = tl.zeros((C, BK), tl.float32)
-        b_e = tl.zeros((C, BK), tl.float32)
-        n_j = tl.minimum(t_e - t_0, C)
-        for i_j in range(n_j):
-            j = n_j - 1 - i_j
-            b_gj = as_decay(load_row(p_g + (i_row + j * H) // RG * K, o_k, K)) * LOG2_E
-            b_kj = load_row(p_k + (i_row + j * H) // RK * K, o_k, K)
-            b_pj = tl.sum(tl.where((o_c == j)[None, :], b_p, 0.0), 1)[:, None] * tl.exp2(b_e)
-            b_dq += b_pj * b_kj[None, :]
-            if p_d is not None:
-                b_pj *= b_q
-                b_dk += tl.where((o_c == j)[:, None], tl.sum(b_pj, 0)[None, :], 0.0)
-                if p_dg is not None:
-                    b_dg += tl.where((o_c > j)[:, None], sums_from(b_pj * b_kj[None, :], BEFORE), 0.0)
-            b_e += tl.where((o_c > j if BEFORE else o_c >= j)[:, None], b_gj[None, :], 0.0)
+        b_dq, b_dk, b_dg = exact_pairs(
+            p_g + i_row // RG * K, p_k + i_row // RK * K, b_p, b_q if p_d is not None else None, b_dq,
+            tl.minimum(t_e - t_0, C), o_c, o_k, H // RG, H // RK, K, C, BK, p_d is not None, p_dg is not None, BEFORE,
+        )  # fmt: skip
     else:
         b_ph, b_pl = halves(b_p, dtype, PAIRED)
         b_dq *= b_half[None, :]

@@ -3,12 +3,12 @@
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
 
 Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Under a gate a
-key the output is one, for up to 128 keys, and dv where its chunks are as long as those of states (`decay_fused_gates`);
-all else comes from states at the chunks' ends. Where programs are too few to fill the device, time is cut into
-segments: a first pass sums up what each segment adds to the state, the sums are chained to the state before each
-segment, and the segments then run side by side. Where time is short there are no such sums: each program walks what is
-before its segment too, for the state alone (a run-up). Packed sequences are segments too, of any length: operands are
-[1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
+key the output and dv are passes, for up to 128 keys, and the other gradients one walk with the states before chunks,
+for up to 128 values; all else comes from states at the chunks' ends (`decay_fused_gates`). Where programs are too few
+to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the sums are
+chained to the state before each segment, and the segments then run side by side. Where time is short there are no such
+sums: each program walks what is before its segment too, for the state alone (a run-up). Packed sequences are segments
+too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
 
 H is the number of heads of the output; operands that neighbours share have fewer (`decay_heads`) and are read where
 they lie. Their gradients are written for all H, in the operands' dtype, and summed after.
@@ -24,7 +24,9 @@ from fla_compile.kernels.decay_fused_gates import (
     launch_grads,
     launch_outputs,
     launch_states,
+    launch_walk,
     new_bonus_grads,
+    new_kept,
     new_states,
     segments_of,
 )
@@ -280,17 +282,26 @@ def _launch_backward(
     if plan.kind == "vector":
         assert g is not None
         dg = empty(B, T, H, K, **wide) if need_dg else None
-        h, d = new_states(plan, q, packing), new_states(plan, q, packing)
-        if o is None:
-            launch_states(plan, k, v, g, reverse=False, s0=h0, h=h, packed=ahead)
-        else:
-            scales = 1.0, scale, 1.0
-            launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, h=h, packed=ahead, packing=packing)
-        scales = down, scale, scale
-        where: dict[str, Any] = dict(st=final, h=d, packed=back, packing=packing, own=own)
-        launch_outputs(plan, k, q, do, g, dv, reverse=True, s0=dht, scales=scales, **where)
         du = None if bonus is None else new_bonus_grads(plan, q, packing)
-        launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing, bonus=bonus, du=du)
+        f = h = d = None
+        if plan.walk is not None:
+            h, f = new_kept(plan, q, packing)
+        else:
+            h, d = new_states(plan, q, packing), new_states(plan, q, packing)
+        where: dict[str, Any] = dict(packing=packing)
+        if o is not None:
+            scales, left = (1.0, scale, 1.0), h if f is None else None
+            launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, h=left, packed=ahead, **where)
+        if o is None or f is not None:
+            launch_states(plan, k, v, g, reverse=False, s0=h0, h=h, f=f, packed=ahead)
+        scales = down, scale, scale
+        where |= dict(st=final, h=d, packed=back, own=own)
+        launch_outputs(plan, k, q, do, g, dv, reverse=True, s0=dht, scales=scales, **where)
+        if f is not None:
+            where = dict(scales=(down, scale), packed=back, bonus=bonus, du=du)
+            launch_walk(plan, q, k, v, do, g, h, f, dq, dk, dg, dht=dht, **where)
+        else:
+            launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing, bonus=bonus, du=du)
         return dq, dk, dv, dg, du, dh0
 
     dg = sums = None

@@ -11,11 +11,21 @@ from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import SHARE, chunk_scan_rows_kernel
+from fla_compile.kernels.decay_scan_grads import RANGE, chunk_scan_grads_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, ceil_div
 from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.launch_record import empty
 
-__all__ = ["launch_grads", "launch_outputs", "launch_states", "new_bonus_grads", "new_states", "segments_of"]
+__all__ = [
+    "launch_grads",
+    "launch_outputs",
+    "launch_states",
+    "launch_walk",
+    "new_bonus_grads",
+    "new_kept",
+    "new_states",
+    "segments_of",
+]
 
 # The second launch, for decays out of range, works on few programs, if any: what counts is that it is right.
 EXACT_OPTIONS = {"num_warps": 8, "num_stages": 1}
@@ -32,6 +42,14 @@ def segments_of(plan: Scans, packed: Part | None) -> int:
 def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Tensor:
     """A state for every chunk of a tall pass of each segment and head, V x K numbers in some order."""
     return empty(_chunks(plan, packing)[2] * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+
+
+def new_kept(plan: Scans, like: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+    """What `kept` leaves: a state for every chunk of a walk, in float16, and the factors of its rows."""
+    count = _chunks(plan, packing)[2] * _chunks_of(plan) * plan.H
+    dtype = torch.float16 if like.element_size() == 2 else torch.float32
+    h = empty(count, plan.K, plan.V, dtype=dtype, device=like.device)
+    return h, empty(count, plan.K, dtype=torch.float32, device=like.device)
 
 
 def launch_outputs(
@@ -60,20 +78,20 @@ def launch_outputs(
 
 def launch_states(
     plan: Scans, z: Tensor, w: Tensor, g: Tensor, *, reverse: bool, s0: Tensor | None = None, st: Tensor | None = None,
-    gt: Tensor | None = None, h: Tensor | None = None, scales: tuple[float, float] = (1.0, 1.0),
-    packed: Part | None = None,
+    gt: Tensor | None = None, h: Tensor | None = None, f: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0), packed: Part | None = None,
 ) -> None:  # fmt: skip
-    """The states before each chunk to h, the last to st, the decay of each segment to gt; s0 is read
-    times the first of `scales`, st written times the second."""
-    config = plan.states
+    """The states before each chunk to h, or with f as `new_kept` has both, the last to st, the decay of each segment to
+    gt; s0 is read times the first of `scales`, st written times the second."""
+    config, more = (plan.states, 1) if f is None else (plan.kept, _chunks_of(plan))
     assert config is not None
     programs = segments_of(plan, packed) * plan.H * ceil_div(plan.V, config.block_v)
     grid = programs, ceil_div(plan.K, config.block_k)
-    operands = z, w, g, s0, st, gt, h, *_parts(packed)
+    operands = z, w, g, s0, st, gt, h, f, *_parts(packed)
     flags = reverse, st is not None, s0 is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_k, config.block_v
     ways = tile, flags, shares(plan.H, z, w, g)
-    _launch(chunk_states_kernel, plan, config, grid, operands, scales, plan.segments, *ways, exact=False)
+    _launch(chunk_states_kernel, plan, config, grid, operands, scales, plan.segments, *ways, (more,), exact=False)
 
 
 def _launch_chunks(
@@ -108,8 +126,29 @@ def launch_grads(
     _launch(chunk_grads_kernel, plan, config, (programs,), operands, numbers, segments, *ways, shared=True)
 
 
+def launch_walk(
+    plan: Scans, q: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor, h: Tensor, f: Tensor, dq: Tensor, dk: Tensor,
+    dg: Tensor | None, *, dht: Tensor | None, scales: tuple[float, float], packed: Part | None, bonus: Tensor | None,
+    du: Tensor | None,
+) -> None:  # fmt: skip
+    """dq, dk, dg if given, and with du, `new_bonus_grads`, the shares of segments, from what `kept` left. dht is read
+    times the first of `scales`, the gradients written times the second."""
+    config = plan.walk
+    assert config is not None
+    programs = segments_of(plan, packed) * plan.H * ceil_div(plan.K, config.block_v)
+    operands = q, k, v, do, g, h, f, dht, dq, dk, dg, _ranges(plan, programs, k), *_parts(packed), bonus, du
+    flags = dht is not None, packed is None and plan.T % config.chunk == 0
+    tile = config.chunk, config.block_v, config.block_k
+    ways, more = (tile, flags, shares(plan.H, q, k, v, g)), (_chunks_of(plan),)
+    numbers = *scales, min(plan.limit, RANGE)
+    _launch(chunk_scan_grads_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, more)
+
+
 def new_bonus_grads(plan: Scans, like: Tensor, packing: Packing | None) -> Tensor:
-    """The share of each chunk in the bonus's gradient [chunks, H, K]."""
+    """The share of each chunk, or with a walk of each segment, in the bonus's gradient [.., H, K]."""
+    if plan.walk is not None:
+        segments = plan.B * plan.segments if packing is None else packing.segments
+        return empty(segments, plan.H, plan.K, dtype=torch.float32, device=like.device)
     # a last segment may have fewer
     chunks = _chunks(plan, packing)[2]
     whole = packing is not None or plan.B * plan.T == chunks * plan.tall.chunk
@@ -121,6 +160,12 @@ def _chunks(plan: Scans, packing: Packing | None) -> tuple[Tensor | None, int, i
     if packing is None:
         return None, plan.segments, plan.B * plan.segments * ceil_div(plan.length, plan.tall.chunk)
     return packing.part(None).table, packing.segments, packing.chunks
+
+
+def _chunks_of(plan: Scans) -> int:
+    """Chunks of a walk in one of those that states are counted by."""
+    assert plan.walk is not None
+    return plan.tall.chunk // plan.walk.chunk
 
 
 def _parts(packed: Part | None) -> tuple[Tensor | None, Tensor | None]:

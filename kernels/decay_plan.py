@@ -1,5 +1,6 @@
 """What the fused launch of a decayed outer product is planned from: tiles, segments of time, and packed sequences."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fla_compile.kernels.decay_configs import MORE_BEFORE, Config, configs_for
+from fla_compile.kernels.decay_configs import LARGEST_WALK, MORE_BEFORE, Config, configs_for
 from fla_compile.kernels.decay_scan_gates import largest_range
 from fla_compile.kernels.decay_segments import Packing, pack, segment_count
 from fla_compile.kernels.decay_triton_common import device_arch, multiprocessors, precision, shared_limit
@@ -30,7 +31,8 @@ class Scans:
     """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
 
     Under a gate a key no pass is `tall`: `states` leaves the states at the ends of chunks, or `wide` does, from which
-    `chunks` makes outputs and `tall` gradients, a chunk a program. Where no pass holds K rows, `wide` is `chunks`.
+    `chunks` makes outputs and `tall` gradients, a chunk a program. With a `walk`, that makes the gradients but dv, from
+    what `kept` leaves, of chunks that those of `tall` are made of. Where no pass holds K rows, `wide` is `chunks`.
     Where outputs alone are planned, `tall` is `wide`. With `runup` each segment's program walks what is before it too,
     and no states of segments are chained.
     """
@@ -48,6 +50,8 @@ class Scans:
     limit: float
     states: Config | None = None
     chunks: Config | None = None
+    kept: Config | None = None
+    walk: Config | None = None
     runup: bool = False
     before: bool = False  # the state is read before a step's update, as RWKV-6 does
 
@@ -74,27 +78,28 @@ class Scans:
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
                segments: int | None = None, runup: bool | None = None, wide: Config | None = None,
-               tall: Config | None = None, forward: bool = False, need_dg: bool = False,
+               tall: Config | None = None, walk: Config | None = None, forward: bool = False, need_dg: bool = False,
                before: bool = False) -> Scans | None:  # fmt: skip
     """None where there is no configuration for these operands; `heads` of the output, those of q if None.
 
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient;
-    `before`, a gate a key whose state is read before the update. `segments` and `runup` are asked for in place of the
-    rule's choice; segments asked for alone have no run-up. Raises ValueError for a run-up under a gate a key.
+    `before`, a gate a key whose state is read before the update. `wide`, `tall` and `walk` are asked for in place of
+    the table's, `tall` alone without a `walk`; `segments` and `runup` in place of the rule's choice; segments asked for
+    alone have no run-up. Raises ValueError for a run-up under a gate a key.
     """
     if runup and kind == "vector":
         raise ValueError(f"a gate a key has no run-up, got runup={runup} and kind={kind!r}")
     grads = need_dg and kind in ("constant", "scalar")
     launches = ["wide", *["states", "chunks"] * (kind == "vector"), *["grads" if grads else "tall"] * (not forward)]
     B, T, H, K = q.shape
-    sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall)
+    sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall, walk)
     return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, runup, given, tuple(launches), before)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
-    limit: float | None, segments: int | None, runup: bool | None, given: tuple[Config | None, Config | None],
+    limit: float | None, segments: int | None, runup: bool | None, given: tuple[Config | None, ...],
     launches: tuple[str, ...], before: bool,
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
@@ -119,6 +124,8 @@ def _plan(
         if (states.chunk != chunks.chunk) if chunks is not None else states.chunk % wide.chunk:
             return None
         assert tall is wide or states.chunk == tall.chunk
+    kept, walk = _walk(arch, kind, dtype, V, shared, given) if "tall" in launches and kind == "vector" else (None, None)
+    assert walk is None or tall.chunk % walk.chunk == 0
     # the two directions cut time alike, whatever their chunks
     chunk = _chunk(wide, tall, states)
     if segments is None:
@@ -135,7 +142,20 @@ def _plan(
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
     runup = bool(runup) and segments > 1
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks, runup, before)
+    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks, kept, walk, runup, before)
+
+
+def _walk(
+    arch: int, kind: str, dtype: torch.dtype, V: int, shared: int | None, given: tuple[Config | None, ...]
+) -> tuple[Config | None, Config | None]:
+    """`kept` and `walk`, if there is one for so many values."""
+    _, tall, walk = given
+    if walk is not None:
+        return dataclasses.replace(walk, block_k=walk.block_v, block_v=2 * walk.block_k), walk
+    if tall is not None or V > LARGEST_WALK:
+        return None, None
+    found = [configs_for(arch, launch, kind, dtype.itemsize, V, shared) for launch in ("kept", "walk")]
+    return (found[0][0], found[1][0]) if all(found) else (None, None)
 
 
 def _chunk(wide: Config, tall: Config, states: Config | None) -> int:

@@ -11,6 +11,7 @@ from fla_compile.kernels import (
     decay_fused_gates,
     decay_scan,
     decay_scan_gates,
+    decay_scan_grads,
     decay_scan_grown,
     decay_scan_sums,
     decay_triton,
@@ -23,10 +24,11 @@ from fla_compile.kernels.decay_configs import TABLE
 
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
-WIDE |= {"p_u", "p_gv", "p_sums", "p_carry", "p_bonus", "p_own", "p_du"}
+WIDE |= {"p_u", "p_gv", "p_sums", "p_carry", "p_bonus", "p_own", "p_du", "p_f"}
 NO_SUMS = "p_e", "p_h", "p_sums", "p_carry"
 # Of the heads, how many share an operand; segments begin with states of their own, read after a step's update.
-DEFAULTS = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV"), 1) | dict(RUNUP=False, BEFORE=False, KEPT=1)
+DEFAULTS = dict.fromkeys(("RX", "RZ", "RW", "RG", "RE", "RQ", "RK", "RV", "KEPT", "CHUNKS"), 1)
+DEFAULTS |= dict(RUNUP=False, BEFORE=False)
 # Narrow operands spill nothing but what the table says. Float32 products are unrolled into thousands of instructions,
 # where ptxas may set aside up to four registers even when it has free ones; so are the elementwise products of the
 # exact launch, where it sets aside up to twelve.
@@ -110,13 +112,25 @@ def gates_of(row, values=None, packed=False, bonus=False):
             if not bonus:
                 yield gates.chunk_grads_kernel, dict(tile, EXACT=exact, **alone)
         return
+    if row.launch == "walk":
+        tile = dict(H=4, K=row.size, V=values or row.size, C=config.chunk, BK=config.block_v, BV=config.block_k)
+        tile |= dict(HAS_S0=True, EVEN=not packed, CHUNKS=2) | table | joints | ({} if bonus else dict(p_du=None))
+        for exact in (False, True):
+            yield decay_scan_grads.chunk_scan_grads_kernel, dict(tile, EXACT=exact)
+            if not bonus:
+                yield decay_scan_grads.chunk_scan_grads_kernel, dict(tile, EXACT=exact, p_dg=None)
+        return
     tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=config.block_k, BW=config.block_v, **table)
+    if row.launch == "kept":
+        tile |= dict(REVERSE=False, FINAL=False, HAS_S0=True, EVEN=not packed, CHUNKS=2, p_st=None, p_gt=None, **joints)
+        yield gates.chunk_states_kernel, tile
+        return
     for reverse in (False, True):
         tile |= dict(REVERSE=reverse, EVEN=not reverse and not packed)
         walk = dict(tile, FINAL=True, HAS_S0=True, SPARE=config.spare, **joints)
         if row.launch == "states":
-            yield gates.chunk_states_kernel, dict(walk, p_gt=None)
-            yield gates.chunk_states_kernel, dict(walk, HAS_S0=False, p_h=None, p_s0=None, p_u=None)
+            yield gates.chunk_states_kernel, dict(walk, p_gt=None, p_f=None)
+            yield gates.chunk_states_kernel, dict(walk, HAS_S0=False, p_h=None, p_f=None, p_s0=None, p_u=None)
             continue
         for exact in (False, True):
             if row.launch == "chunks":
@@ -164,6 +178,8 @@ def compile_kernel(kernel, constants, row, kind, precision):
             signature[name], values[(i,)] = "constexpr", constants.get(name)
         elif name.startswith("p_"):
             signature[name] = "*i32" if name == "p_table" else "*fp32" if name in wide else POINTERS[row.nbytes]
+            if name == "p_h" and row.launch in ("kept", "walk"):
+                signature[name] = "*fp16"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in ("scale", "s_in", "s_y", "s_st", "limit") else "i32"

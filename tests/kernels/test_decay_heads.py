@@ -199,10 +199,10 @@ def test_split_launch_is_told_operands_where_they_lie(family, heads, monkeypatch
     assert {name for args in told for name in args} >= set(wanted)
 
 
-def fused(family, heads, limit):
+def fused(family, heads, limit, walk=None):
     """In segments; with a limit below zero as if factors did not hold the gates."""
     case, x = shared_inputs(family, heads, torch.float16, T=18, decay="strong" if limit else "weak", **FEW)
-    choices = dict(heads=case.H, segments=2, limit=limit, wide=CONFIG, tall=CONFIG)
+    choices = dict(heads=case.H, segments=2, limit=limit, wide=CONFIG, tall=CONFIG, walk=walk)
     scans = decay_fused.plan_scans(x.q, x.v, KIND[family], **choices)
     eager = summed(x, narrow_results(case, one_for_each(x, case.H), torch.float16))
     check_results(case, x, run_kernels(x, scans=scans), torch.float16, eager=eager)
@@ -217,12 +217,12 @@ def grown(heads):
     print("ok grown", case)
 
 
-def packed(family, heads):
+def packed(family, heads, walk=None):
     case, x = shared_inputs(family, heads, torch.float16, T=19, **FEW)
     cu_seqlens = torch.tensor([0, 16, 19])
     h0, dht = torch.randn(2, 2, case.H, case.K, case.V)
     x = dataclasses.replace(x, h0=h0, dht=dht)
-    scans = decay_fused.plan_scans(x.q, x.v, KIND[family], heads=case.H, wide=CONFIG, tall=CONFIG)
+    scans = decay_fused.plan_scans(x.q, x.v, KIND[family], heads=case.H, wide=CONFIG, tall=CONFIG, walk=walk)
     truth = naive_packed(case, x, cu_seqlens, torch.float64)
     eager = summed(x, narrow_packed(case, one_for_each(x, case.H), cu_seqlens, torch.float16))
     check_results(case, x, run_packed(x, cu_seqlens, scans=scans), torch.float16, truth, eager)
@@ -251,7 +251,8 @@ def interpret(thorough: bool) -> None:
         for family in FAMILIES:
             for heads in ((4, 2, 1, 2, 4), (1, 1, 4, 2, None)):
                 for limit in (None, -1.0) if family == "gla" else (None,):
-                    fused(family, heads, limit)
+                    for walk in (None, CONFIG) if family == "gla" else (None,):
+                        fused(family, heads, limit, walk)
                 packed(family, (*heads[:4], None))
             for heads in SPLIT:
                 split(family, heads)
@@ -263,7 +264,9 @@ def interpret(thorough: bool) -> None:
     else:
         fused("gla", (1, 1, 1, 1, 2), -1.0)
         grown((4, 2, 1, 2, 4))
+        fused("gla", (4, 2, 1, 2, 4), None, CONFIG)
         packed("gla", (2, 1, 4, 2, None))
+        packed("gla", (2, 1, 4, 2, None), CONFIG)
         packed("simple_gla", (2, 1, 4, 2, None))
         packed("retention", (1, 1, 2, 1, None))
         for family in FAMILIES:
@@ -275,12 +278,12 @@ def interpret(thorough: bool) -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 1 + 1 + 3 + 8
+    assert interpreted(__file__) == 1 + 1 + 5 + 8
 
 
 @pytest.mark.slow
 def test_interpreted_thoroughly():
-    assert interpreted(__file__, "thorough") == 4 * (2 * 2 + 3 + 1 + 1) + 2 + 2
+    assert interpreted(__file__, "thorough") == 4 * (2 * 2 + 3 + 1 + 1) + 2 * 3 + 2
 
 
 @pytest.mark.gpu

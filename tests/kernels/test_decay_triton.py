@@ -150,6 +150,20 @@ def interpret() -> None:
         assert scans is not None
         check_results(case, x, run_kernels(x, scans=scans), torch.float16)
         print("ok fused", case)
+    # values in two tiles, and in one; keys that no pass holds; states counted by chunks of two of a walk
+    walk, other = Config(16, 16, 16, 4, 1, 0), Config(16, 32, 16, 4, 1, 0)
+    cases = [("strong", torch.float32, 24, 20, walk, dict(segments=1)), ("weak", torch.float16, 40, 24, walk, {})]
+    cases += [("weak", torch.float32, 20, 30, other, dict(segments=2)), ("zero", torch.float16, 8, 24, walk, {})]
+    cases += [("strong", torch.float32, 24, 20, walk, dict(limit=-1.0)), ("resets", torch.float16, 8, 24, walk, {})]
+    cases += [("very_strong", torch.float16, 8, 8, walk, {})]
+    cases += [(decay, torch.float32, 8, 8, walk, dict(segments=1)) for decay in ("alternating", "peak", "valley")]
+    for decay, dtype, K, V, config, choices in cases:
+        case = Case("gla", 96 if decay == "valley" else 70, decay, B=1, H=1, K=K, V=V)
+        x = make_inputs(case, dtype)
+        held = Config(16, 32, 16, 4, 1, 0)
+        scans = decay_fused.plan_scans(x.q, x.v, "vector", wide=held, tall=blocks, walk=config, **choices)
+        check_results(case, x, run_kernels(x, scans=scans), dtype)
+        print("ok walk", case)
     lean = replace(blocks, spare=False)
     for T, decay in ((70, "strong"), (40, "resets")):
         case = Case("gla", T, decay, B=1, H=1, K=24, V=40)
@@ -194,7 +208,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 48
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 58
 
 
 def test_every_size_has_a_split_row():
@@ -358,7 +372,7 @@ def test_gpu_growing(family, size):
 def test_gpu_shared_chunks():
     """More chunks than an exact launch has programs, some out of range, some not."""
     dtype = torch.bfloat16
-    case = Case("gla", 1030, "weak", B=4, H=16, K=72, V=96)
+    case = Case("gla", 1030, "weak", B=4, H=16, K=72, V=136)  # values beyond what a walk has
     x = make_inputs(case, dtype)
     x = on_gpu(replace(x, g=torch.where(torch.rand(*x.g.shape[:3], 1) < 4e-3, -100.0, x.g)))
     got, again = run_kernels(x), run_kernels(x)

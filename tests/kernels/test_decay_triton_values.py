@@ -86,9 +86,12 @@ def interpret() -> None:
         check(case, make_inputs(case, torch.float32), torch.float32, dict(config=SPLIT))
         print("ok split", case)
     whole = value_case(64, K=16, V=32)
-    for case, segments in ((sizes, 1), (resets, 1), (value_case(33, "very_strong", K=4), 2), (whole, 2)):
+    strong = value_case(33, "very_strong", K=4)
+    walk = Config(16, 16, 16, 4, 1, 0)
+    ways = (sizes, 1, None), (resets, 1, None), (strong, 2, None), (whole, 2, None), (sizes, 2, walk), (resets, 1, walk)
+    for case, segments, walk in ways:
         x = make_inputs(case, torch.float16)
-        check(case, x, torch.float16, scans_of(x, SCAN, segments=segments))
+        check(case, x, torch.float16, scans_of(x, SCAN, segments=segments, walk=walk))
         print("ok fused", case)
     views()
     operator()
@@ -129,7 +132,7 @@ def views() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9
+    assert interpreted(__file__) == 11
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ STACK = {
     (80, "wide", 64, False): 8,
     (80, "wide", 128, False): 56,
     (90, "tall", 64, False): 136,
+    (90, "walk", 64, False): 64,
+    (90, "walk", 128, False): 64,
+    (90, "walk", 128, True): 24,
     (90, "chunks", 128, False): 312,
     (90, "chunks", 256, False): 224,
     (90, "tall", 128, False): 152,
@@ -123,9 +126,14 @@ def interpret(thorough: bool) -> None:
     # all keys in a pass, as long as chunks of states and shorter; keys and values in blocks
     held, short = Config(32, 32, 16, 4, 1, 0), Config(16, 32, 16, 4, 1, 0)
     blocks = Config(32, 16, 16, 4, 1, 0)
+    # values in one tile and in two, chunks of what states are counted by and shorter
+    walk, walk_short = Config(32, 32, 16, 4, 1, 0), Config(16, 16, 16, 4, 1, 0)
     ways = (
         dict(wide=held, tall=held, segments=1),
         dict(wide=blocks, tall=blocks, segments=2),
+        dict(wide=held, tall=held, walk=walk_short, segments=1, limit=-1.0),
+        dict(wide=held, tall=held, walk=walk_short, segments=1),
+        dict(wide=blocks, tall=blocks, walk=walk, segments=2),
         dict(wide=held, tall=held, segments=1, limit=-1.0),
         dict(wide=short, tall=held, segments=2),
         dict(wide=blocks, tall=blocks, segments=1, limit=-1.0),
@@ -133,7 +141,7 @@ def interpret(thorough: bool) -> None:
     cases = [("rwkv6", 45, torch.float32), ("rwkv6", 1, torch.float32)]
     if thorough:
         cases += [("rwkv6", 75, torch.float16), ("rwkv6_no_bonus", 64, torch.float32)]
-    for way in ways if thorough else ways[:3]:
+    for way in ways if thorough else ways[:4]:
         for family, T, dtype in cases:
             case = Case(family, T, "strong", B=2 if T == 1 else 1, H=1 + (T > 45), K=24, V=20)
             x = make_inputs(case, dtype)
@@ -143,11 +151,11 @@ def interpret(thorough: bool) -> None:
     for decay in ("zero", "very_strong", "resets", "hard_resets", *GROWING) if thorough else ("resets", "peak"):
         case = Case("rwkv6", 96 if decay == "valley" else 40, decay, B=1, H=1, K=8, V=8)
         x = make_inputs(case, torch.float32)
-        for way in ways[:2] if thorough else ways[:1]:
+        for way in (*ways[:2], ways[3]) if thorough else (ways[0], ways[3]):
             scans = plan_scans(x.q, x.v, "vector", before=True, **way)
             check(case, x, run_kernels(x, scans=scans), torch.float32)
         print("ok", case)
-    for way in (ways[1], ways[3]) if thorough else ways[:1]:
+    for way in (ways[1], ways[3], ways[6]) if thorough else (ways[0], ways[3]):
         case = Case("rwkv6", 70, "weak", B=1, H=1, K=24, V=20)
         x, cu_seqlens = packed_inputs(case, (1, 37, 32), torch.float32)
         scans = plan_scans(x.q, x.v, "vector", before=True, **way | dict(segments=1))
@@ -157,12 +165,12 @@ def interpret(thorough: bool) -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 3 * 2 + 2 + 1
+    assert interpreted(__file__) == 4 * 2 + 2 + 2
 
 
 @pytest.mark.slow
 def test_interpreted_thorough():
-    assert interpreted(__file__, "thorough") == 5 * 4 + 8 + 2
+    assert interpreted(__file__, "thorough") == 8 * 4 + 8 + 3
 
 
 def test_no_kernel_for_four_bytes():
@@ -178,7 +186,7 @@ def test_no_kernel_for_a_scale_of_zero():
 
 def ahead_of_time():
     for row, _ in all_configs():
-        if row.family == "key" and row.launch in ("wide", "states", "chunks", "tall"):
+        if row.family == "key" and row.launch in ("wide", "states", "chunks", "tall", "kept", "walk"):
             quick = row.arch == 90 and row.size == 64
             yield pytest.param(row, id=f"sm{row.arch}-{row.launch}-{row.size}", marks=[] if quick else pytest.mark.slow)
 
