@@ -57,7 +57,9 @@ def chunk_outputs(
     for i_x in range(tl.cdiv(X, BX)):
         o_x = i_x * BX + tl.arange(0, BX)
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
-        b_h = load_masked(p_h + (o_x * W)[:, None] + o_w[None, :], tile_mask(o_x < X, o_w, W, BW, X % BX == 0))
+        p_t, m_s = p_h + (o_x * W)[:, None] + o_w[None, :], tile_mask(o_x < X, o_w, W, BW, X % BX == 0)
+        if not EXACT:
+            b_h = load_masked(p_t, m_s)
         b_x = load_tile(p_x, o_c * (H // RX), o_x, m_x, X)
         b_g = load_gates(p_g, o_c * (H // RG), o_x, m_x, X)
         if EXACT:
@@ -67,6 +69,7 @@ def chunk_outputs(
             if REVERSE:
                 b_e = tl.sum(b_g, 0)[None, :] - b_e
             b_x = (b_x * tl.exp2(b_e)).to(dtype)
+            b_h = load_masked(p_t, m_s)  # not before, while the scores take registers
         else:
             b_z = load_tile(p_z, o_c * (H // RZ), o_x, m_x, X)
             b_gh, b_gl = halves(b_g, dtype, PAIRED)
