@@ -44,6 +44,7 @@ __all__ = [
     "exact_pairs",
     "load_block",
     "load_masked",
+    "row_factors",
     "state_products",
 ]
 
@@ -197,7 +198,8 @@ def chunk_states_kernel(
 ):  # fmt: skip
     """Arguments as for `chunk_scan_rows_kernel`, with no output, and a second axis of programs for the X blocks. p_h
     gets the state before every chunk, CHUNKS of which stand in the place of one, divided by the `row_factors` that p_f,
-    if given, gets for BW = W; p_st with FINAL the last one, p_gt the segment's log decay in base 2."""
+    if given, gets (forward, for BW that covers W); p_st with FINAL the last one, p_gt the segment's log decay in base
+    2."""
     i_w, i_nh, _, i_seq, t_a, t_e, i_state, i_u = walk_program(p_table, T, H, L, n_s, W, BW, C * CHUNKS, REVERSE)
     i_state *= CHUNKS
     dtype = p_w.dtype.element_ty
@@ -232,6 +234,7 @@ def chunk_states_kernel(
                 tl.store(p_f + (i_state + i_c) * X + o_x, b_f, mask=o_x < X)
             store_state(p_h, i_state + i_c, b_h, o_x, o_w, m_s, X, W)
         if p_f is not None:
+            tl.static_assert(not REVERSE, "sums up to a row are others")
             b_e, b_all = sums_after_and_all(b_gh, b_gl, C, BX, PRECISION)
         else:
             if REVERSE:

@@ -7,9 +7,10 @@ whose programs hold a state of all rows of the class and block_v columns: `wide`
 `tall` with V rows (dq and dk), which are `grads` where they leave a decay's gradient too. In family `key` backward has
 no passes but dv's where its chunks are as long: `states` leaves the states at the ends of chunks, in blocks of keys and
 values, from which `chunks` makes dv and the output of heads that no pass holds, and `tall` dq, dk and the decay's
-gradient of block_v keys, block_k values at a time. Where there are a `kept` and a `walk`, the first leaves states of
-all values, from which the second makes all but dv, block_v keys and twice block_k values a program. Head size classes
-bound the larger of K and V, or the rows of the state, or for the last three the values.
+gradient of block_v keys, block_k values at a time. Where there are a `kept` and a `walk`, and a pass for the output,
+dv is a pass whatever its chunks; the first leaves states of all values, from which the second makes the other
+gradients, block_v keys and twice block_k values a program. Head size classes bound the larger of K and V, or the rows
+of the state, or for the last three the values.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs, but
 not under a gate a key.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
@@ -127,7 +128,7 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_gate(90, 128, "chunks", 64, 64, 128, 4, 2, 83968, 128),
     **_gate(90, 128, "tall", 64, 128, 64, 4, 1, 98304, 80),
     **_gate(90, 128, "kept", 32, 64, 128, 4, 3, 65536),
-    **_gate(90, 128, "walk", 32, 64, 64, 4, 3, 114688, 32),
+    **_gate(90, 128, "walk", 32, 64, 64, 4, 3, 114688, 40),
     **_gate(90, 256, "states", 64, 64, 128, 4, 2, 83968),
     **_gate(90, 256, "chunks", 64, 64, 128, 4, 2, 83968, 72),
     **_gate(90, 256, "tall", 64, 64, 64, 4, 1, 49152, 104),

@@ -3,8 +3,8 @@
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * q_t^T S_t
 
 Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Under a gate a
-key the output and dv are passes, for up to 128 keys, and the other gradients one walk with the states before chunks,
-for up to 128 values; all else comes from states at the chunks' ends (`decay_fused_gates`). Where programs are too few
+key the output is one, for up to 128 keys, and where the table has a walk, for up to 128 values, so is dv, and the walk
+makes the other gradients; all else comes from states at the chunks' ends (`decay_fused_gates`). Where programs are few
 to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the sums are
 chained to the state before each segment, and the segments then run side by side. Where time is short there are no such
 sums: each program walks what is before its segment too, for the state alone (a run-up). Packed sequences are segments
@@ -283,25 +283,24 @@ def _launch_backward(
         assert g is not None
         dg = empty(B, T, H, K, **wide) if need_dg else None
         du = None if bonus is None else new_bonus_grads(plan, q, packing)
-        f = h = d = None
+        to_dv: dict[str, Any] = dict(scales=(down, scale, scale), st=final, packed=back, packing=packing, own=own)
+        to_o: dict[str, Any] = dict(scales=(1.0, scale, 1.0), packed=ahead, packing=packing)
         if plan.walk is not None:
-            h, f = new_kept(plan, q, packing)
+            if o is not None:
+                launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, **to_o)
+            kept, f = new_kept(plan, q, packing)
+            launch_states(plan, k, v, g, reverse=False, s0=h0, h=kept, f=f, packed=ahead)
+            launch_outputs(plan, k, q, do, g, dv, reverse=True, s0=dht, **to_dv)
+            more: dict[str, Any] = dict(scales=(down, scale), packed=back, bonus=bonus, du=du)
+            launch_walk(plan, q, k, v, do, g, kept, f, dq, dk, dg, dht=dht, **more)
+            return dq, dk, dv, dg, du, dh0
+        h, d = new_states(plan, q, packing), new_states(plan, q, packing)
+        if o is None:
+            launch_states(plan, k, v, g, reverse=False, s0=h0, h=h, packed=ahead)
         else:
-            h, d = new_states(plan, q, packing), new_states(plan, q, packing)
-        where: dict[str, Any] = dict(packing=packing)
-        if o is not None:
-            scales, left = (1.0, scale, 1.0), h if f is None else None
-            launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, scales=scales, h=left, packed=ahead, **where)
-        if o is None or f is not None:
-            launch_states(plan, k, v, g, reverse=False, s0=h0, h=h, f=f, packed=ahead)
-        scales = down, scale, scale
-        where |= dict(st=final, h=d, packed=back, own=own)
-        launch_outputs(plan, k, q, do, g, dv, reverse=True, s0=dht, scales=scales, **where)
-        if f is not None:
-            where = dict(scales=(down, scale), packed=back, bonus=bonus, du=du)
-            launch_walk(plan, q, k, v, do, g, h, f, dq, dk, dg, dht=dht, **where)
-        else:
-            launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing, bonus=bonus, du=du)
+            launch_outputs(plan, q, k, v, g, o, reverse=False, s0=h0, h=h, **to_o)
+        launch_outputs(plan, k, q, do, g, dv, reverse=True, s0=dht, h=d, **to_dv)
+        launch_grads(plan, q, k, v, do, g, h, d, dq, dk, dg, scale, packing=packing, bonus=bonus, du=du)
         return dq, dk, dv, dg, du, dh0
 
     dg = sums = None

@@ -11,7 +11,7 @@ from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
 from fla_compile.kernels.decay_scan_gates import SHARE, chunk_scan_rows_kernel
-from fla_compile.kernels.decay_scan_grads import RANGE, chunk_scan_grads_kernel
+from fla_compile.kernels.decay_scan_grads import chunk_scan_grads_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, ceil_div
 from fla_compile.kernels.launch import Launch, layout, remember
 from fla_compile.kernels.launch_record import empty
@@ -45,7 +45,7 @@ def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Ten
 
 
 def new_kept(plan: Scans, like: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-    """What `kept` leaves: a state for every chunk of a walk, in float16, and the factors of its rows."""
+    """What `kept` leaves: a state for every chunk of a walk, of two bytes in float16, and the factors of its rows."""
     count = _chunks(plan, packing)[2] * _chunks_of(plan) * plan.H
     dtype = torch.float16 if like.element_size() == 2 else torch.float32
     h = empty(count, plan.K, plan.V, dtype=dtype, device=like.device)
@@ -139,8 +139,7 @@ def launch_walk(
     operands = q, k, v, do, g, h, f, dht, dq, dk, dg, _ranges(plan, programs, k), *_parts(packed), bonus, du
     flags = dht is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_v, config.block_k
-    ways, more = (tile, flags, shares(plan.H, q, k, v, g)), (_chunks_of(plan),)
-    numbers = *scales, min(plan.limit, RANGE)
+    ways, numbers, more = (tile, flags, shares(plan.H, q, k, v, g)), (*scales, plan.limit), (_chunks_of(plan),)
     _launch(chunk_scan_grads_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, more)
 
 

@@ -124,12 +124,14 @@ def _plan(
         if (states.chunk != chunks.chunk) if chunks is not None else states.chunk % wide.chunk:
             return None
         assert tall is wide or states.chunk == tall.chunk
-    kept, walk = _walk(arch, kind, dtype, V, shared, given) if "tall" in launches and kind == "vector" else (None, None)
-    assert walk is None or tall.chunk % walk.chunk == 0
+    kept = walk = None
+    if kind == "vector" and "tall" in launches and K <= wide.block_k:
+        kept, walk = _walk(arch, kind, dtype, V, shared, given)
+        assert walk is None or tall.chunk % walk.chunk == 0
     # the two directions cut time alike, whatever their chunks
     chunk = _chunk(wide, tall, states)
     if segments is None:
-        cut = _cutting(device, H, K, V, wide, tall, states)
+        cut = _cutting(device, H, K, V, wide, tall, states, walk)
         if runup is None:
             runup = T <= RUNUP_STEPS[kind]
         if runup:  # one program a multiprocessor, of a chunk at least, which may be the last and not whole
@@ -150,12 +152,15 @@ def _walk(
 ) -> tuple[Config | None, Config | None]:
     """`kept` and `walk`, if there is one for so many values."""
     _, tall, walk = given
+    kept = None
     if walk is not None:
-        return dataclasses.replace(walk, block_k=walk.block_v, block_v=2 * walk.block_k), walk
-    if tall is not None or V > LARGEST_WALK:
-        return None, None
-    found = [configs_for(arch, launch, kind, dtype.itemsize, V, shared) for launch in ("kept", "walk")]
-    return (found[0][0], found[1][0]) if all(found) else (None, None)
+        kept = dataclasses.replace(walk, block_k=walk.block_v, block_v=2 * walk.block_k)
+    elif tall is None and V <= LARGEST_WALK:
+        found = [configs_for(arch, launch, kind, dtype.itemsize, V, shared) for launch in ("kept", "walk")]
+        kept, walk = (found[0][0], found[1][0]) if all(found) else (None, None)
+    if kept is not None and walk is not None:
+        assert kept.chunk == walk.chunk and V <= min(kept.block_v, 2 * walk.block_k)
+    return kept, walk
 
 
 def _chunk(wide: Config, tall: Config, states: Config | None) -> int:
@@ -163,14 +168,17 @@ def _chunk(wide: Config, tall: Config, states: Config | None) -> int:
 
 
 def _cutting(
-    device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config, states: Config | None
-) -> dict[str, int]:
+    device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config, states: Config | None,
+    walk: Config | None,
+) -> dict[str, int]:  # fmt: skip
     """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
     blocks, chunk = triton.cdiv(V, wide.block_v), _chunk(wide, tall, states)
     if states is None:
         blocks = blocks if tall is wide else min(blocks, triton.cdiv(K, tall.block_v))
     elif K <= wide.block_k:
         blocks = min(blocks, triton.cdiv(V, states.block_v))
+        if walk is not None:  # which has as many programs as what is kept for it
+            blocks = min(blocks, triton.cdiv(K, walk.block_v))
     else:
         blocks = triton.cdiv(K, states.block_k) * triton.cdiv(V, states.block_v)
     programs, room = H * blocks, RESIDENT * multiprocessors(device)
@@ -182,5 +190,5 @@ def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device,
 
     `longest` asks for segments of about so many steps at most, in place of what fills the device.
     """
-    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall, plan.states)
+    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall, plan.states, plan.walk)
     return pack(bounds, device, state_chunk=plan.tall.chunk, longest=longest, **cut)

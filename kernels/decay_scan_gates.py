@@ -4,8 +4,8 @@
     reverse   y_j = x_j^T R_j      R_j = diag(a_{j+1}) R_{j+1} + z_j w_j^T
 
 with g [B, T, H, X]: o = forward(q, k, v), dv = reverse(k, q, do). `decay_chunk_outputs` has either from states before
-or after each chunk, and `decay_chunk_gates` the other gradients. A decay over values is one over keys in exchanged
-roles (`decay_triton_values`).
+or after each chunk, and `decay_scan_grads` or `decay_chunk_gates` the other gradients. A decay over values is one over
+keys in exchanged roles (`decay_triton_values`).
 
 Inside a chunk row i meets row j with exp(c_i - c_j), which is no product of two bounded factors. Taken relative to the
 middle of the chunk's decay, m = L / 2, it is one of two factors between e^m and e^-m:
@@ -220,7 +220,8 @@ def chunk_scan_rows_kernel(
 ):  # fmt: skip
     """BX covers X. Arguments as for `chunk_scan_kernel`; p_h, if given, gets the state before every KEPT chunks. BEFORE
     a step's update it is read, with p_own, if given, [B, T, H] the rows' scores with themselves. SPARE: registers are
-    left, so that what is known of e's range and last row comes from e; it spilled 440 bytes on sm_80."""
+    left, so that what is known of e's range and last row comes from e (it spilled 440 bytes on sm_80) and y from
+    `stacked_outputs`."""
     if EXACT:
         if tl.load(p_range + tl.program_id(0)) <= limit:
             return

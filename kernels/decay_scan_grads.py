@@ -5,28 +5,37 @@ the state before each chunk, comes from memory in float16 (`row_factors`): with 
 would be most of dq's error. Against chunks side by side a walk does not move R, and has the rows of the next chunks
 copied while it works on one.
 
-All tiles are turned, [keys, rows] and [keys, values]. So everything of which a gradient is a product, R, S, k~ and q~,
-is a left operand, which a product reads from the registers that it was made in, and a key's sums over rows and values
-need no other warp. R is held in two tiles where values are more than one has (BV): as one, its operands spill.
+States, keys and gates are tiles turned, [keys, values] and [keys, rows]. So everything of which a gradient is a
+product, R, S, k~ and q~, is a left operand, which a product reads from the registers that it was made in, and a key's
+sums over rows and values need no other warp. R is held in two tiles where values are more than one has (BV): as one,
+its operands spill.
 
 R is left without the half of a chunk's decay that comes last, which the next chunk's first half takes along: once over
-R's rows, not twice. So that no state is lost to a factor below float32, the range ends at RANGE.
+R's rows, not twice. Where the two together are below float32, that counts as out of range.
 """
 
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_chunk_gates import GROWTH, add_own, exact_pairs, load_block, load_masked, state_products
+from fla_compile.kernels.decay_chunk_gates import (
+    GROWTH,
+    add_own,
+    exact_pairs,
+    load_block,
+    load_masked,
+    row_factors,
+    state_products,
+)
 from fla_compile.kernels.decay_scan import chunk_at, first_state, walk_program
 from fla_compile.kernels.decay_scan_gates import larger, load_gates, load_row
 from fla_compile.kernels.decay_scan_sums import halves, sums_before
 from fla_compile.kernels.decay_tiles import COMPILED, load_tile, store_tile, tile_mask
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
 
-__all__ = ["RANGE", "chunk_scan_grads_kernel"]
+__all__ = ["chunk_scan_grads_kernel"]
 
-# The most that a chunk's range may be, in base 2: then half of the decay of two chunks is no less than 2^-126.
-RANGE = 126.0
+# The least normal number of float32.
+LEAST = tl.constexpr(2.0**-126)
 
 # float16, two numbers at a time, as sums of two bfloat16.
 FLOAT16_HALVES = tl.constexpr("""{
@@ -137,6 +146,17 @@ def state_product(b_s, b_x, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def grad_product(b_r, b_x, b_sum, PRECISION: tl.constexpr):
+    """R x^T [keys, rows] and a sum, as `state_product`; float16, whose range R may leave, with `row_factors`."""
+    if b_x.dtype == tl.float16:
+        b_f, b_down = row_factors(b_r)
+        b_y = tl.dot((b_r * b_down[:, None]).to(tl.float16), tl.trans(b_x), input_precision=PRECISION)
+        return b_sum + b_y * b_f[:, None]
+    else:
+        return state_product(b_r, b_x, b_sum, PRECISION)
+
+
+@triton.jit
 def from_row(o_c, BEFORE: tl.constexpr):
     """Which rows [i, t] a sum from t on has; BEFORE: after t."""
     return o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :]
@@ -166,6 +186,55 @@ def with_own_turned(b_dx, b_own, b_x, p_bonus, o_k, K: tl.constexpr, BEFORE: tl.
         return b_dx + (load_row(p_bonus, o_k, K)[:, None] * b_own[None, :]) * b_x
     else:
         return b_dx
+
+
+@triton.jit
+def exact_chunk(
+    p_q, p_k, p_g, p_h, p_f, p_dq, p_dk, p_dg, i_row, b_do, b_do2, b_v, b_v2, b_p, b_own, b_r, b_r2, o_c, o_k, m_c, m_f,
+    n_j, p_bonus, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr,
+    BEFORE: tl.constexpr,
+):  # fmt: skip
+    """A chunk's gradients, a column at a time, written; R before it, and its share of du over the scale."""
+    TWO: tl.constexpr = V > BV
+    dtype = b_v.dtype
+    m_k = tile_mask(m_c, o_k, K, BK, EVEN)
+    b_g = load_gates(p_g, o_c * (H // RG), o_k, m_k, K)
+    b_q = load_tile(p_q, o_c * (H // RQ), o_k, m_k, K).to(tl.float32)
+    b_k = load_tile(p_k, o_c * (H // RK), o_k, m_k, K).to(tl.float32)
+    b_all = tl.sum(b_g, 0)
+    b_c = tl.cumsum(b_g, 0)
+    b_to = tl.exp2(sums_before(b_g, 0) if BEFORE else b_c)
+    b_f = load_masked(p_f, m_f)
+    b_h = load_block(p_h, 0, o_k, K, V, BK, BV)
+    b_h2 = b_h
+    if TWO:
+        b_h2 = load_block(p_h, 1, o_k, K, V, BK, BV)
+    if p_dg is not None:
+        b_x = state_products(b_h, b_r, b_all)
+        if TWO:
+            b_x += state_products(b_h2, b_r2, b_all)
+        b_x *= b_f
+    b_dq = both(b_do, b_do2 if TWO else None, b_h.to(dtype), b_h2.to(dtype), PRECISION) * b_f[None, :]
+    b_dx = both(b_v, b_v2 if TWO else None, b_r.to(dtype), b_r2.to(dtype), PRECISION)
+    b_dx *= tl.exp2(b_all[None, :] - b_c)
+    b_dq, b_dk, b_dg = exact_pairs(
+        p_g, p_k, b_p, b_q, b_dq * b_to, n_j, o_c, o_k, H // RG, H // RK, K, C, BK, True, p_dg is not None, BEFORE
+    )
+    store_tile(p_dq, add_own(b_dq, b_own, b_k, p_bonus, o_k, K, BEFORE) * scale, o_c * H, o_k, m_k, K)
+    store_tile(p_dk, add_own(b_dk + b_dx, b_own, b_q, p_bonus, o_k, K, BEFORE) * scale, o_c * H, o_k, m_k, K)
+    if p_dg is not None:
+        b_dg += sums_before(b_k * b_dx, 0) + b_x[None, :]
+        store_tile(p_dg + i_row * K, b_dg * scale, o_c * H, o_k, m_k, K)
+    b_qt = tl.trans((b_q * b_to).to(dtype))
+    b_all = tl.exp2(b_all)[:, None]
+    b_r = tl.dot(b_qt, b_do, b_r * b_all, input_precision=PRECISION)
+    if TWO:
+        b_r2 = tl.dot(b_qt, b_do2, b_r2 * b_all, input_precision=PRECISION)
+    else:
+        b_r2 = b_r
+    return b_r, b_r2, tl.sum(b_own[:, None] * b_q * b_k, 0)
 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
@@ -205,6 +274,7 @@ def chunk_scan_grads_kernel(
         b_r2 = first_state(p_s0, p_table, p_u, i_nh, i_u, s_in, o_k, o_v2, m_s2, K, V, BK, BV, False, HAS_S0)
     b_range = tl.zeros((BK, 4), tl.float32)
     b_last = tl.full((BK,), 1.0, tl.float32)
+    b_least = tl.full((BK,), 1.0, tl.float32)
     b_du = tl.zeros((BK,), tl.float32)
     for i_n in tl.range(n_c, disable_licm=True):
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, True)
@@ -247,59 +317,32 @@ def chunk_scan_grads_kernel(
         b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_p, 0.0), 1)
         b_p = tl.where(o_c[:, None] > o_c[None, :], b_p, 0.0)
         if EXACT:
-            m_k = tile_mask(m_c, o_k, K, BK, EVEN)
-            b_g = load_gates(p_gc, o_c * (H // RG), o_k, m_k, K)
-            b_q = load_tile(p_qc, o_c * (H // RQ), o_k, m_k, K).to(tl.float32)
-            b_k = load_tile(p_kc, o_c * (H // RK), o_k, m_k, K).to(tl.float32)
-            b_all = tl.sum(b_g, 0)
-            b_c = tl.cumsum(b_g, 0)
-            b_to = tl.exp2(sums_before(b_g, 0) if BEFORE else b_c)
-            b_f = load_masked(p_fc, m_f)
-            b_h = load_block(p_hc, 0, o_k, K, V, BK, BV)
-            b_h2 = b_h
-            b_x = state_products(b_h, b_r, b_all)
-            if TWO:
-                b_h2 = load_block(p_hc, 1, o_k, K, V, BK, BV)
-                b_x += state_products(b_h2, b_r2, b_all)
-            b_dq = both(b_do, b_do2 if TWO else None, b_h.to(dtype), b_h2.to(dtype), PRECISION) * b_f[None, :]
-            b_dx = both(b_v, b_v2 if TWO else None, b_r.to(dtype), b_r2.to(dtype), PRECISION)
-            b_dx *= tl.exp2(b_all[None, :] - b_c)
-            b_dq, b_dk, b_dg = exact_pairs(
-                p_gc, p_kc, b_p, b_q, b_dq * b_to, tl.minimum(t_e - t_0, C), o_c, o_k, H // RG, H // RK, K, C, BK,
-                True, p_dg is not None, BEFORE,
+            b_r, b_r2, b_y = exact_chunk(
+                p_qc, p_kc, p_gc, p_hc, p_fc, p_dq + i_row * K, p_dk + i_row * K, p_dg, i_row, b_do, b_do2, b_v, b_v2,
+                b_p, b_own, b_r, b_r2, o_c, o_k, m_c, m_f, tl.minimum(t_e - t_0, C), p_bonus, scale,
+                H, K, V, C, BK, BV, EVEN, PRECISION, RQ, RK, RG, BEFORE,
             )  # fmt: skip
-            b_y = add_own(b_dq, b_own, b_k, p_bonus, o_k, K, BEFORE) * scale
-            store_tile(p_dq + i_row * K, b_y, o_c * H, o_k, m_k, K)
-            b_y = add_own(b_dk + b_dx, b_own, b_q, p_bonus, o_k, K, BEFORE) * scale
-            store_tile(p_dk + i_row * K, b_y, o_c * H, o_k, m_k, K)
-            if p_dg is not None:
-                b_dg += sums_before(b_k * b_dx, 0) + (b_x * b_f)[None, :]
-                store_tile(p_dg + i_row * K, b_dg * scale, o_c * H, o_k, m_k, K)
-            if p_du is not None:
-                b_du += tl.sum(b_own[:, None] * b_q * b_k, 0)
-            b_qt = tl.trans((b_q * b_to).to(dtype))
-            b_all = tl.exp2(b_all)[:, None]
-            b_r = tl.dot(b_qt, b_do, b_r * b_all, input_precision=PRECISION)
-            if TWO:
-                b_r2 = tl.dot(b_qt, b_do2, b_r2 * b_all, input_precision=PRECISION)
+            b_du += b_y
         else:
             b_ph, b_pl = halves(b_p, dtype)
-            b_all = (b_half * b_last)[:, None]
+            b_all = b_half * b_last
+            b_least = tl.minimum(b_least, b_all)
             b_last = b_half
-            b_r *= b_all
+            b_r *= b_all[:, None]
             b_f = load_masked(p_fc, m_f)
             b_h = load_block(p_hc, 0, o_k, K, V, BK, BV)
             b_x = tl.sum(b_h.to(tl.float32) * b_r, 1)
             b_dq = state_product(b_h, b_do, b_zero, PRECISION)
             if TWO:
-                b_r2 *= b_all
+                b_r2 *= b_all[:, None]
                 b_h = load_block(p_hc, 1, o_k, K, V, BK, BV)
                 b_x += tl.sum(b_h.to(tl.float32) * b_r2, 1)
                 b_dq = state_product(b_h, b_do2, b_dq, PRECISION)
-            b_f *= b_half
-            b_dx = state_product(b_r, b_v, b_zero, PRECISION)
+            b_x *= b_f
+            b_dq *= b_f[:, None]
+            b_dx = grad_product(b_r, b_v, b_zero, PRECISION)
             if TWO:
-                b_dx = state_product(b_r2, b_v2, b_dx, PRECISION)
+                b_dx = grad_product(b_r2, b_v2, b_dx, PRECISION)
             b_dx *= tl.exp2(-b_e)
             b_q = load_as_product(p_qc, o_c * (H // RQ), o_k, m_t, o_c, K, PRECISION)
             b_qh, b_ql = halves(b_q * tl.exp2(b_to), dtype)
@@ -315,7 +358,7 @@ def chunk_scan_grads_kernel(
             store_turned(p_dk + i_row * K, b_y, o_c * H, o_k, m_t, K)
             b_k = load_as_product(p_kc, o_c * (H // RK), o_k, m_t, o_c, K, PRECISION)
             b_kh, b_kl = halves(b_k * tl.exp2(-b_e), dtype)
-            b_dq *= b_f[:, None]
+            b_dq *= b_half[:, None]
             b_dq = tl.dot(b_kl, tl.trans(b_ph), b_dq, input_precision=PRECISION)
             b_dq = tl.dot(b_kh, tl.trans(b_pl), b_dq, input_precision=PRECISION)
             b_dq = tl.dot(b_kh, tl.trans(b_ph), b_dq, input_precision=PRECISION) * tl.exp2(b_to)
@@ -325,8 +368,10 @@ def chunk_scan_grads_kernel(
                 b_du += tl.sum(b_own[None, :] * b_q * b_k, 1)
             if p_dg is not None:
                 b_dg = decay_grad(b_k * b_dk, b_q * b_dq, b_k * b_dx, o_c, dtype, BEFORE, PRECISION)
-                store_turned(p_dg + i_row * K, (b_dg + (b_x * b_f)[:, None]) * scale, o_c * H, o_k, m_t, K)
+                store_turned(p_dg + i_row * K, (b_dg + (b_x * b_half)[:, None]) * scale, o_c * H, o_k, m_t, K)
     if p_du is not None:
         tl.store(p_du + (tl.program_id(0) // tl.cdiv(K, BK)).to(tl.int64) * K + o_k, b_du * scale, mask=o_k < K)
     if not EXACT:
-        tl.store(p_range + tl.program_id(0), tl.reduce(tl.ravel(b_range), 0, larger))
+        s_range = tl.reduce(tl.ravel(b_range), 0, larger)
+        s_range = tl.where(tl.min(b_least, 0) < LEAST, float("inf"), s_range)
+        tl.store(p_range + tl.program_id(0), s_range)

@@ -117,6 +117,7 @@ def gates_of(row, values=None, packed=False, bonus=False):
         tile |= dict(HAS_S0=True, EVEN=not packed, CHUNKS=2) | table | joints | ({} if bonus else dict(p_du=None))
         for exact in (False, True):
             yield decay_scan_grads.chunk_scan_grads_kernel, dict(tile, EXACT=exact)
+            yield decay_scan_grads.chunk_scan_grads_kernel, dict(tile, EXACT=exact, HAS_S0=False, p_s0=None, p_u=None)
             if not bonus:
                 yield decay_scan_grads.chunk_scan_grads_kernel, dict(tile, EXACT=exact, p_dg=None)
         return
