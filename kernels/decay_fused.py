@@ -4,11 +4,11 @@
 
 Every pass keeps its state on chip and walks time once; one program holds a block of columns for a head. Under a gate a
 key the output is one, for up to 128 keys, and where the table has a walk, for up to 128 values, so is dv, and the walk
-makes the other gradients; all else comes from states at the chunks' ends (`decay_fused_gates`). Where programs are few
-to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the sums are
-chained to the state before each segment, and the segments then run side by side. Where time is short there are no such
-sums: each program walks what is before its segment too, for the state alone (a run-up). Packed sequences are segments
-too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
+makes the other gradients; all else comes from states at the chunks' ends (`decay_fused_gates`). Where programs are too
+few to fill the device, time is cut into segments: a first pass sums up what each segment adds to the state, the sums
+are chained to the state before each segment, and the segments then run side by side. Where time is short there are no
+such sums: each program walks what is before its segment too, for the state alone (a run-up). Packed sequences are
+segments too, of any length: operands are [1, T, H, ..] where they lie, states [N, H, ..] (`decay_segments`).
 
 H is the number of heads of the output; operands that neighbours share have fewer (`decay_heads`) and are read where
 they lie. Their gradients are written for all H, in the operands' dtype, and summed after.

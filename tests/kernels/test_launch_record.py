@@ -199,7 +199,13 @@ def test_no_tensor_is_kept():
 
 KERNELS = {
     decay_fused: ("chunk_scan_kernel", "row_decay_grad_kernel", "grown_row_decay_grad_kernel"),
-    decay_fused_gates: ("chunk_scan_rows_kernel", "chunk_states_kernel", "chunk_outputs_kernel", "chunk_grads_kernel"),
+    decay_fused_gates: (
+        "chunk_scan_rows_kernel",
+        "chunk_states_kernel",
+        "chunk_outputs_kernel",
+        "chunk_grads_kernel",
+        "chunk_scan_grads_kernel",
+    ),
     decay_segments: ("chain_segments_kernel",),
     rwkv6_triton: ("own_scores_kernel",),
 }
