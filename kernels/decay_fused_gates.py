@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_compile.kernels.decay_chunk_gates import chunk_grads_kernel, chunk_states_kernel
+from fla_compile.kernels.decay_chunk_gates import chunk_grads_kernel
 from fla_compile.kernels.decay_chunk_outputs import chunk_outputs_kernel
+from fla_compile.kernels.decay_chunk_states import chunk_states_kernel
 from fla_compile.kernels.decay_configs import Config
 from fla_compile.kernels.decay_heads import shares
 from fla_compile.kernels.decay_plan import Scans
@@ -46,7 +47,7 @@ def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Ten
 
 def new_kept(plan: Scans, like: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
     """What `kept` leaves: a state for every chunk of a walk, of two bytes in float16, and the factors of its rows."""
-    count = _chunks(plan, packing)[2] * _chunks_of(plan) * plan.H
+    count = _chunks(plan, packing)[2] * _walk_chunks(plan) * plan.H
     dtype = torch.float16 if like.element_size() == 2 else torch.float32
     h = empty(count, plan.K, plan.V, dtype=dtype, device=like.device)
     return h, empty(count, plan.K, dtype=torch.float32, device=like.device)
@@ -83,7 +84,7 @@ def launch_states(
 ) -> None:  # fmt: skip
     """The states before each chunk to h, or with f as `new_kept` has both, the last to st, the decay of each segment to
     gt; s0 is read times the first of `scales`, st written times the second."""
-    config, more = (plan.states, 1) if f is None else (plan.kept, _chunks_of(plan))
+    config, more = (plan.states, 1) if f is None else (plan.kept, _walk_chunks(plan))
     assert config is not None
     programs = segments_of(plan, packed) * plan.H * ceil_div(plan.V, config.block_v)
     grid = programs, ceil_div(plan.K, config.block_k)
@@ -139,7 +140,7 @@ def launch_walk(
     operands = q, k, v, do, g, h, f, dht, dq, dk, dg, _ranges(plan, programs, k), *_parts(packed), bonus, du
     flags = dht is not None, packed is None and plan.T % config.chunk == 0
     tile = config.chunk, config.block_v, config.block_k
-    ways, numbers, more = (tile, flags, shares(plan.H, q, k, v, g)), (*scales, plan.limit), (_chunks_of(plan),)
+    ways, numbers, more = (tile, flags, shares(plan.H, q, k, v, g)), (*scales, plan.limit), (_walk_chunks(plan),)
     _launch(chunk_scan_grads_kernel, plan, config, (programs,), operands, numbers, plan.segments, *ways, more)
 
 
@@ -161,7 +162,7 @@ def _chunks(plan: Scans, packing: Packing | None) -> tuple[Tensor | None, int, i
     return packing.part(None).table, packing.segments, packing.chunks
 
 
-def _chunks_of(plan: Scans) -> int:
+def _walk_chunks(plan: Scans) -> int:
     """Chunks of a walk in one of those that states are counted by."""
     assert plan.walk is not None
     return plan.tall.chunk // plan.walk.chunk

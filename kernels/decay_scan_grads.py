@@ -17,17 +17,10 @@ R's rows, not twice. Where the two together are below float32, that counts as ou
 import triton
 import triton.language as tl
 
-from fla_compile.kernels.decay_chunk_gates import (
-    GROWTH,
-    add_own,
-    exact_pairs,
-    load_block,
-    load_masked,
-    row_factors,
-    state_products,
-)
+from fla_compile.kernels.decay_chunk_gates import GROWTH, add_own, exact_pairs, load_block, load_masked, state_products
+from fla_compile.kernels.decay_chunk_states import row_factors
 from fla_compile.kernels.decay_scan import chunk_at, first_state, walk_program
-from fla_compile.kernels.decay_scan_gates import larger, load_gates, load_row
+from fla_compile.kernels.decay_scan_gates import larger, load_gates, met
 from fla_compile.kernels.decay_scan_sums import halves, sums_before
 from fla_compile.kernels.decay_tiles import COMPILED, load_tile, store_tile, tile_mask
 from fla_compile.kernels.decay_triton_common import LOG2_E, as_decay
@@ -36,34 +29,6 @@ __all__ = ["chunk_scan_grads_kernel"]
 
 # The least normal number of float32.
 LEAST = tl.constexpr(2.0**-126)
-
-# float16, two numbers at a time, as sums of two bfloat16.
-FLOAT16_HALVES = tl.constexpr("""{
-    .reg .b16 %u, %v;
-    .reg .b32 %a, %b, %c, %d;
-    mov.b32 {%u, %v}, $2;
-    cvt.f32.f16 %a, %u;
-    cvt.f32.f16 %b, %v;
-    cvt.rn.bf16x2.f32 $0, %b, %a;
-    shl.b32 %c, $0, 16;
-    and.b32 %d, $0, 0xffff0000;
-    sub.rn.f32 %a, %a, %c;
-    sub.rn.f32 %b, %b, %d;
-    cvt.rn.bf16x2.f32 $1, %b, %a;
-}""")
-
-
-@triton.jit
-def turned_mask(o_row, m_col, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """As `tile_mask`, of a tile [columns of an array, rows]."""
-    m_x = None
-    if ROWS % BLOCK != 0:
-        m_x = (o_row < ROWS)[:, None]
-        if not EVEN:
-            m_x = m_x & m_col[None, :]
-    elif not EVEN:
-        m_x = m_col[None, :]
-    return m_x
 
 
 @triton.jit
@@ -107,9 +72,9 @@ def turned_sums(b_h, b_l, m_x, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def largest_of_keys(b_x, N: tl.constexpr, BK: tl.constexpr):
-    """The largest of rows of b_x [BK, N] as far as threads have them to themselves, [BK, 4]."""
-    b_x = tl.reshape(b_x, (BK, N // 8, 4, 2))
+def largest_of_keys(b_x, C: tl.constexpr, BK: tl.constexpr):
+    """The largest of the rows of b_x [BK, C] as far as threads have them to themselves, [BK, 4]."""
+    b_x = tl.reshape(b_x, (BK, C // 8, 4, 2))
     return tl.reduce(tl.reduce(b_x, 3, larger), 1, larger)
 
 
@@ -123,22 +88,11 @@ def both(b_x, b_x2, b_y, b_y2, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def state_halves(b_s, dtype: tl.constexpr):
-    """As `halves`, of float32 or of float16."""
-    if COMPILED and b_s.dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            FLOAT16_HALVES, "=&r,=r,r", [b_s], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-    else:
-        return halves(b_s.to(tl.float32), dtype)
-
-
-@triton.jit
 def state_product(b_s, b_x, b_sum, PRECISION: tl.constexpr):
     """S x^T [keys, rows] and a sum, with S in two parts where that is bfloat16."""
     dtype: tl.constexpr = b_x.dtype
     if dtype == tl.bfloat16:
-        b_h, b_l = state_halves(b_s, dtype)
+        b_h, b_l = halves(b_s.to(tl.float32), dtype)
         b_sum = tl.dot(b_l, tl.trans(b_x), b_sum, input_precision=PRECISION)
         return tl.dot(b_h, tl.trans(b_x), b_sum, input_precision=PRECISION)
     else:
@@ -157,19 +111,13 @@ def grad_product(b_r, b_x, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def from_row(o_c, BEFORE: tl.constexpr):
-    """Which rows [i, t] a sum from t on has; BEFORE: after t."""
-    return o_c[:, None] > o_c[None, :] if BEFORE else o_c[:, None] >= o_c[None, :]
-
-
-@triton.jit
 def decay_grad(b_u, b_w, b_f, o_c, dtype: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr):
     """sum_{i >= t} (w_i - u_i) + sum_{j < t} f_j; BEFORE, w counts from i > t. As `path_sums` in decay_chunk_gates."""
     if dtype == tl.bfloat16:
         b_h, b_l = halves(b_f, dtype)
         b_dg = turned_sums(b_h, b_l, o_c[:, None] < o_c[None, :], tl.zeros(b_f.shape, tl.float32), PRECISION)
         b_h, b_l = halves(b_w - b_u, dtype)
-        b_dg = turned_sums(b_h, b_l, from_row(o_c, BEFORE), b_dg, PRECISION)
+        b_dg = turned_sums(b_h, b_l, met(o_c, o_c, False, BEFORE), b_dg, PRECISION)
         return b_dg - b_u if BEFORE else b_dg
     elif BEFORE:
         return sums_before(b_w, 1, True) - tl.cumsum(b_u, 1, reverse=True) + sums_before(b_f, 1)
@@ -178,28 +126,15 @@ def decay_grad(b_u, b_w, b_f, o_c, dtype: tl.constexpr, BEFORE: tl.constexpr, PR
 
 
 @triton.jit
-def with_own_turned(b_dx, b_own, b_x, p_bonus, o_k, K: tl.constexpr, BEFORE: tl.constexpr):
-    """As `add_own` in decay_chunk_gates, turned."""
-    if not BEFORE:
-        return b_dx + b_own[None, :] * b_x
-    elif p_bonus is not None:
-        return b_dx + (load_row(p_bonus, o_k, K)[:, None] * b_own[None, :]) * b_x
-    else:
-        return b_dx
-
-
-@triton.jit
 def exact_chunk(
-    p_q, p_k, p_g, p_h, p_f, p_dq, p_dk, p_dg, i_row, b_do, b_do2, b_v, b_v2, b_p, b_own, b_r, b_r2, o_c, o_k, m_c, m_f,
+    p_q, p_k, p_g, p_h, p_f, p_dq, p_dk, p_dg, i_row, b_do, b_do2, b_v, b_v2, b_p, b_own, b_r, b_r2, o_c, o_k, m_k, m_f,
     n_j, p_bonus, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr,
-    BEFORE: tl.constexpr,
+    PRECISION: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RG: tl.constexpr, BEFORE: tl.constexpr,
 ):  # fmt: skip
     """A chunk's gradients, a column at a time, written; R before it, and its share of du over the scale."""
     TWO: tl.constexpr = V > BV
     dtype = b_v.dtype
-    m_k = tile_mask(m_c, o_k, K, BK, EVEN)
     b_g = load_gates(p_g, o_c * (H // RG), o_k, m_k, K)
     b_q = load_tile(p_q, o_c * (H // RQ), o_k, m_k, K).to(tl.float32)
     b_k = load_tile(p_k, o_c * (H // RK), o_k, m_k, K).to(tl.float32)
@@ -279,7 +214,8 @@ def chunk_scan_grads_kernel(
     for i_n in tl.range(n_c, disable_licm=True):
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, True)
         m_c = t_0 + o_c < t_e
-        m_t = turned_mask(o_k, m_c, K, BK, EVEN)
+        m_k = tile_mask(m_c, o_k, K, BK, EVEN)
+        m_t = None if m_k is None else tl.trans(m_k)
         m_v = tile_mask(m_c, o_v, V, BV, EVEN)
         m_v2 = tile_mask(m_c, o_v2, V, BV, EVEN)
         p_qc, p_kc, p_gc = p_q + i_row // RQ * K, p_k + i_row // RK * K, p_g + i_row // RG * K
@@ -304,7 +240,7 @@ def chunk_scan_grads_kernel(
             b_most = 2.0 * largest_of_keys(tl.abs(b_e), C, BK)
             if GROWS:  # all that pairs have is in the first of the sums
                 b_grown = tl.maximum(b_g, 0.0).to(dtype)
-                b_grown = tl.dot(b_grown, from_row(o_c, BEFORE).to(dtype), input_precision=PRECISION)
+                b_grown = tl.dot(b_grown, met(o_c, o_c, False, BEFORE).to(dtype), input_precision=PRECISION)
                 b_most += GROWTH * largest_of_keys(b_grown, C, BK)
             b_range = larger(b_range, b_most)
         b_do = load_tile(p_doc, o_c * H, o_v, m_v, V)
@@ -319,8 +255,8 @@ def chunk_scan_grads_kernel(
         if EXACT:
             b_r, b_r2, b_y = exact_chunk(
                 p_qc, p_kc, p_gc, p_hc, p_fc, p_dq + i_row * K, p_dk + i_row * K, p_dg, i_row, b_do, b_do2, b_v, b_v2,
-                b_p, b_own, b_r, b_r2, o_c, o_k, m_c, m_f, tl.minimum(t_e - t_0, C), p_bonus, scale,
-                H, K, V, C, BK, BV, EVEN, PRECISION, RQ, RK, RG, BEFORE,
+                b_p, b_own, b_r, b_r2, o_c, o_k, m_k, m_f, tl.minimum(t_e - t_0, C), p_bonus, scale,
+                H, K, V, C, BK, BV, PRECISION, RQ, RK, RG, BEFORE,
             )  # fmt: skip
             b_du += b_y
         else:
@@ -354,7 +290,7 @@ def chunk_scan_grads_kernel(
             b_dk = tl.dot(b_ql, b_ph, input_precision=PRECISION)
             b_dk = tl.dot(b_qh, b_pl, b_dk, input_precision=PRECISION)
             b_dk = tl.dot(b_qh, b_ph, b_dk, input_precision=PRECISION) * tl.exp2(-b_e)
-            b_y = with_own_turned(b_dk + b_dx, b_own, b_q, p_bonus, o_k, K, BEFORE) * scale
+            b_y = add_own(b_dk + b_dx, b_own, b_q, p_bonus, o_k, K, BEFORE, True) * scale
             store_turned(p_dk + i_row * K, b_y, o_c * H, o_k, m_t, K)
             b_k = load_as_product(p_kc, o_c * (H // RK), o_k, m_t, o_c, K, PRECISION)
             b_kh, b_kl = halves(b_k * tl.exp2(-b_e), dtype)
@@ -362,7 +298,7 @@ def chunk_scan_grads_kernel(
             b_dq = tl.dot(b_kl, tl.trans(b_ph), b_dq, input_precision=PRECISION)
             b_dq = tl.dot(b_kh, tl.trans(b_pl), b_dq, input_precision=PRECISION)
             b_dq = tl.dot(b_kh, tl.trans(b_ph), b_dq, input_precision=PRECISION) * tl.exp2(b_to)
-            b_y = with_own_turned(b_dq, b_own, b_k, p_bonus, o_k, K, BEFORE) * scale
+            b_y = add_own(b_dq, b_own, b_k, p_bonus, o_k, K, BEFORE, True) * scale
             store_turned(p_dq + i_row * K, b_y, o_c * H, o_k, m_t, K)
             if p_du is not None:
                 b_du += tl.sum(b_own[None, :] * b_q * b_k, 1)

@@ -7,6 +7,7 @@ import triton
 from fla_compile.kernels import (
     decay_chunk_gates,
     decay_chunk_outputs,
+    decay_chunk_states,
     decay_fused,
     decay_fused_gates,
     decay_scan,
@@ -97,7 +98,7 @@ def sums_of(row, kind):
 def gates_of(row, values=None, packed=False, bonus=False):
     """What a row of a gate a key launches; the output under a decay over values is what `tall` has without p_d. With a
     bonus: as RWKV-6 does."""
-    config, gates = TABLE[row][0], decay_chunk_gates
+    config, gates, states = TABLE[row][0], decay_chunk_gates, decay_chunk_states.chunk_states_kernel
     table = (
         dict(BEFORE=bonus) | ({} if bonus else dict(p_bonus=None, p_own=None)) | ({} if packed else dict(p_table=None))
     )
@@ -124,14 +125,14 @@ def gates_of(row, values=None, packed=False, bonus=False):
     tile = dict(H=4, X=row.size, W=values or row.size, C=config.chunk, BX=config.block_k, BW=config.block_v, **table)
     if row.launch == "kept":
         tile |= dict(REVERSE=False, FINAL=False, HAS_S0=True, EVEN=not packed, CHUNKS=2, p_st=None, p_gt=None, **joints)
-        yield gates.chunk_states_kernel, tile
+        yield states, tile
         return
     for reverse in (False, True):
         tile |= dict(REVERSE=reverse, EVEN=not reverse and not packed)
         walk = dict(tile, FINAL=True, HAS_S0=True, SPARE=config.spare, **joints)
         if row.launch == "states":
-            yield gates.chunk_states_kernel, dict(walk, p_gt=None, p_f=None)
-            yield gates.chunk_states_kernel, dict(walk, HAS_S0=False, p_h=None, p_f=None, p_s0=None, p_u=None)
+            yield states, dict(walk, p_gt=None, p_f=None)
+            yield states, dict(walk, HAS_S0=False, p_h=None, p_f=None, p_s0=None, p_u=None)
             continue
         for exact in (False, True):
             if row.launch == "chunks":

@@ -35,7 +35,7 @@ STACK = {
     (80, "wide", 128, False): 56,
     (90, "tall", 64, False): 136,
     (90, "walk", 64, False): 64,
-    (90, "walk", 128, False): 48,
+    (90, "walk", 128, False): 64,
     (90, "chunks", 128, False): 312,
     (90, "chunks", 256, False): 224,
     (90, "tall", 128, False): 152,
