@@ -57,7 +57,8 @@ def chunk_outputs(
     for i_x in range(tl.cdiv(X, BX)):
         o_x = i_x * BX + tl.arange(0, BX)
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
-        p_t, m_s = p_h + (o_x * W)[:, None] + o_w[None, :], tile_mask(o_x < X, o_w, W, BW, X % BX == 0)
+        m_s = tile_mask(o_x < X, o_w, W, BW, X % BX == 0)
+        p_t = p_h + (o_x * W)[:, None] + o_w[None, :]
         if not EXACT:
             b_h = load_masked(p_t, m_s)
         b_x = load_tile(p_x, o_c * (H // RX), o_x, m_x, X)
