@@ -133,10 +133,12 @@ def _packed_chain(
 
 def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     """What the passes for dq and dk, [B, T, H, K], fill."""
-    states = new_states(plan, like, packing)
-    columns = ceil_div(plan.K, plan.tall.block_v)
-    # the sums run along a state's rows, which are its columns where it is turned
-    side = plan.tall.block_v if plan.tall.chunk < LONG.value else plan.tall.block_k
+    tall, columns = plan.tall, ceil_div(plan.K, plan.tall.block_v)
+    if tall.chunk < LONG.value:
+        shape, side = (plan.K, plan.V), tall.block_v
+    else:  # in whole tiles, and sums of threads
+        shape, side = (columns * tall.block_v, tall.block_k), min(128, 2 * tall.block_k)
+    states = new_states(plan, like, packing, shape)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
     rows = empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)
     return Sums(states, rows, empty(states.shape[0], columns, side, **wide))
@@ -169,8 +171,8 @@ def _launch_row_grads(
     if launch is None:
         turned = tile.chunk < LONG.value
         numbers = (
-            *times, H, plan.K, plan.V, tile.chunk, *GROWN_BLOCKS, *sides, heads, turned, plan.precision,
-            *shares(H, q, k, v, g),
+            *times, H, plan.K, plan.V, tile.chunk, *GROWN_BLOCKS, *sides, heads, tile.block_k, tile.block_v, turned,
+            plan.precision, *shares(H, q, k, v, g),
         )  # fmt: skip
         launch = Launch(grown_row_decay_grad_kernel, dg.device, grid, numbers, **GROWN_OPTIONS)
         remember(_launches, key, launch)

@@ -40,9 +40,12 @@ def segments_of(plan: Scans, packed: Part | None) -> int:
     return plan.B * plan.segments if packed is None else packed.table.shape[0]
 
 
-def new_states(plan: Scans, like: Tensor, packing: Packing | None = None) -> Tensor:
-    """A state for every chunk of a tall pass of each segment and head, V x K numbers in some order."""
-    return empty(_chunks(plan, packing)[2] * plan.H, plan.V, plan.K, dtype=like.dtype, device=like.device)
+def new_states(
+    plan: Scans, like: Tensor, packing: Packing | None = None, shape: tuple[int, int] | None = None
+) -> Tensor:
+    """A state for every chunk of a tall pass of each segment and head, V x K numbers unless a shape is given."""
+    count = _chunks(plan, packing)[2] * plan.H
+    return empty(count, *(shape or (plan.V, plan.K)), dtype=like.dtype, device=like.device)
 
 
 def new_kept(plan: Scans, like: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,16 @@ import triton.language as tl
 from fla_compile.kernels.decay_scan_sums import SUMS, halves, store_sums
 from fla_compile.kernels.decay_segments import COLUMNS
 from fla_compile.kernels.decay_tiles import (
+    load_product,
     load_state,
     load_tile,
     product,
     steps,
+    store_product,
     store_state,
     store_tile,
+    thread_sums,
     tile_mask,
-    touch,
     turn,
 )
 from fla_compile.kernels.decay_triton_common import (
@@ -303,12 +305,10 @@ def chunk_scan_kernel(
         b_f = tl.exp2((o_i - o_j) * s_g)
     if PART != PLAIN:
         NW: tl.constexpr = tl.cdiv(W, BW)
-        N: tl.constexpr = BW if TURNED else BX
+        N: tl.constexpr = BW if TURNED else min(128, 2 * BX)
         o_n = tl.arange(0, N)
-        if TURNED:
-            m_h = tile_mask(o_w < W, o_x, X, BX, W % BW == 0)
-        else:
-            m_h = m_s
+        EARLY: tl.constexpr = not TURNED and DECAY == ROW_DECAY  # else too few registers are left
+        m_h = tile_mask(o_w < W, o_x, X, BX, W % BW == 0)
         if p_table is None:
             i_state = i_nh * tl.cdiv(L, C)
             i_bh = i_0 if RUNUP else i_nh // H // n_s * H + i_h
@@ -327,13 +327,6 @@ def chunk_scan_kernel(
             m_a &= o_i < t_e  # beyond the end b_f goes on
         m_x = tile_mask(m_c, o_x, X, BX, EVEN)
         m_w = tile_mask(m_c, o_w, W, BW, EVEN)
-        if PART == QUERIES:  # the next chunk is loaded when this one is done
-            _, t_n, i_next = chunk_at(tl.minimum(i_n + 1, n_c - 1), n_c, t_a, i_seq, H, C, REVERSE)
-            o_r = tl.minimum(o_c, t_e - 1 - t_n)
-            touch(p_x + i_next // RX * X, o_r * (H // RX), 0, X, BX)
-            touch(p_z + i_next // RZ * X, o_r * (H // RZ), 0, X, BX)
-            touch(p_w + i_next // RW * W, o_r * (H // RW), i_w * BW, W, BW)
-            touch(p_e + i_next // RE * W, o_r * (H // RE), i_w * BW, W, BW)
         b_z = load_tile(p_z + i_row // RZ * X, o_c * (H // RZ), o_x, m_x, X)
         b_w = load_tile(p_w + i_row // RW * W, o_c * (H // RW), o_w, m_w, W)
         if PART != PLAIN:
@@ -346,7 +339,12 @@ def chunk_scan_kernel(
             b_total = b_sum
         if OUTPUT:
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
-            b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)
+            if PART != PLAIN and not TURNED:  # waited for within a branch, its operands lie in no buffer more
+                b_a = tl.zeros((C, C), tl.float32)
+                if t_0 < t_e:
+                    b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)
+            else:
+                b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)
             if DECAY == CONSTANT_DECAY:
                 b_a *= b_f  # what overflows here is masked next
             elif DECAY == ROW_DECAY:
@@ -354,6 +352,8 @@ def chunk_scan_kernel(
                 b_a *= tl.exp2(b_gi - b_gj)
             b_a = tl.where(m_a, b_a, 0.0)
             b_p = b_a.to(dtype)
+            if PART == KEYS and EARLY:  # long before it is used
+                b_h = load_product(p_h, (i_state + i_c) * NW + i_w, BX, BW)
             b_y = product(b_x, turn(b_s.to(dtype), TURNED), None, TURNED, PRECISION)
             if DECAY != NO_DECAY:
                 if REVERSE:
@@ -375,15 +375,17 @@ def chunk_scan_kernel(
                 if TURNED:
                     store_state(p_h, i_state + i_c, b_s, o_w, o_x, m_h, W, X)
                 else:
-                    store_state(p_h, i_state + i_c, b_s, o_x, o_w, m_h, X, W)
+                    store_product(p_h, (i_state + i_c) * NW + i_w, b_s, BX, BW)
             store_tile(p_y + i_row * W, turn(b_y * s_y, TURNED), o_c * H, o_w, m_w, W)
         b_s, b_w = decayed_chunk(b_s, b_w, b_all, b_up, b_down, DECAY, REVERSE)
         if PART == KEYS:
             if TURNED:
-                b_h = load_state(p_h, i_state + i_c, o_w, o_x, m_h, W, X, False)
+                b_across = tl.sum(load_state(p_h, i_state + i_c, o_w, o_x, m_h, W, X, False) * b_s, 1)
             else:
-                b_h = load_state(p_h, i_state + i_c, o_x, o_w, m_h, X, W, False)
-            tl.store(p_carry + ((i_state + i_c) * NW + i_w) * N + o_n, tl.sum(b_h * b_s, 1) * s_y)
+                if not EARLY:
+                    b_h = load_product(p_h, (i_state + i_c) * NW + i_w, BX, BW)
+                b_across = thread_sums(b_h.to(tl.float32) * b_s, BX, BW, N)
+            tl.store(p_carry + ((i_state + i_c) * NW + i_w) * N + o_n, b_across * s_y)
         b_s = product(tl.trans(b_z), b_w, b_s, TURNED, PRECISION)
     b_s = turn(b_s * s_st, TURNED)
     if RUNUP and FINAL:

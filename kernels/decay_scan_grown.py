@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fla_compile.kernels.decay_scan_sums import SUMS, segment_of, sums_before
+from fla_compile.kernels.decay_tiles import by_thread_at
 from fla_compile.kernels.decay_triton_common import ROW_DECAY, load_columns, load_rows, row_decay
 from fla_compile.kernels.decay_triton_grown import GROWTH, pairs_across
 
@@ -25,11 +26,13 @@ __all__ = ["grown_row_decay_grad_kernel"]
 def grown_row_decay_grad_kernel(
     p_q, p_k, p_v, p_do, p_g, p_h, p_sums, p_carry, p_dg, p_table, scale, T, L, n_s, n_p,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    NW: tl.constexpr, N: tl.constexpr, BH: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    NW: tl.constexpr, N: tl.constexpr, BH: tl.constexpr, SX: tl.constexpr, SW: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
     RQ: tl.constexpr = 1, RK: tl.constexpr = 1, RV: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
     """Writes p_dg again where a step of the chunk grows. Programs, sums and p_dg as those of `row_decay_grad_kernel`;
-    p_h holds the states [V, K], or [K, V] if TURNED. R.: as in `chunk_scan_kernel`, of q, k, v and g."""
+    p_h holds the states [V, K] in tiles of SX and SW
+    as `store_product` leaves them, or [K, V] if TURNED. R.: as in `chunk_scan_kernel`, of q, k, v and g."""
     NH: tl.constexpr = tl.cdiv(H, BH)
     i_p = tl.program_id(0)
     i_n = i_p // NH // n_p
@@ -62,7 +65,9 @@ def grown_row_decay_grad_kernel(
                         if TURNED:
                             b_s = load_columns(p_h + i_state * (K * V), o_k, o_v, o_k < K, V)
                         else:
-                            b_s = load_rows(p_h + i_state * (K * V), o_v, o_k, o_v < V, K)
+                            o_s = (o_k // SW * (SX * SW))[None, :] + by_thread_at(o_v, o_k % SW, SX, SW)
+                            m_s = (o_v < V)[:, None] & (o_k < K)[None, :]
+                            b_s = tl.load(p_h + i_state * (NW * SX * SW) + o_s, mask=m_s, other=0.0)
                         b_y = tl.dot(b_do, b_s, b_y, input_precision=PRECISION)
                     b_to += tl.sum(b_q * b_y, 1)
                 b_p = tl.zeros((C, C), tl.float32)

@@ -6,12 +6,16 @@ from triton import knobs
 
 __all__ = [
     "COMPILED",
+    "by_thread_at",
+    "load_product",
     "load_state",
     "load_tile",
     "product",
     "steps",
+    "store_product",
     "store_state",
     "store_tile",
+    "thread_sums",
     "tile_mask",
     "touch",
     "turn",
@@ -78,6 +82,53 @@ def load_state(p_s, i_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr, TRANSP
 def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
     p_t = p_s + i_s * (X * W) + (o_x * W)[:, None] + o_w[None, :]
     tl.store(p_t, b_s.to(p_s.dtype.element_ty), mask=m_s)
+
+
+@triton.jit
+def by_thread(b_x, BX: tl.constexpr, BW: tl.constexpr):
+    """The numbers of a tile with those side by side that a thread has of a product of four warps, 8 of one thread, 8 of
+    the next, and so on: so a tile is written and read without an exchange between threads."""
+    WARPS: tl.constexpr = min(4, BX // 16)
+    R: tl.constexpr = BX // (16 * WARPS)
+    J: tl.constexpr = max(1, 2 // R)
+    b_x = tl.reshape(b_x, (R, WARPS, 2, 8, BW // (8 * J), J, 4, 2))
+    return tl.reshape(tl.permute(b_x, (4, 1, 3, 6, 0, 5, 2, 7)), (BX * BW,))
+
+
+@triton.jit
+def by_thread_at(o_x, o_w, BX: tl.constexpr, BW: tl.constexpr):
+    """Where `by_thread` puts rows x and columns w."""
+    WARPS: tl.constexpr = min(4, BX // 16)
+    R: tl.constexpr = BX // (16 * WARPS)
+    J: tl.constexpr = max(1, 2 // R)
+    o_r = ((o_x // 16 % WARPS * 8 + o_x % 8) * 4 * R + o_x // (16 * WARPS)) * (4 * J) + o_x // 8 % 2 * 2
+    o_j = o_w // 8
+    o_c = (o_j // J * (WARPS * 32) + o_w % 8 // 2) * (4 * J * R) + o_j % J * 4 + o_w % 2
+    return o_r[:, None] + o_c[None, :]
+
+
+@triton.jit
+def store_product(p_s, i_s, b_s, BX: tl.constexpr, BW: tl.constexpr):
+    """Tile number i_s of so many, `by_thread`."""
+    tl.store(p_s + i_s * (BX * BW) + tl.arange(0, BX * BW), by_thread(b_s.to(p_s.dtype.element_ty), BX, BW))
+
+
+@triton.jit
+def load_product(p_s, i_s, BX: tl.constexpr, BW: tl.constexpr):
+    """What `store_product` wrote."""
+    WARPS: tl.constexpr = min(4, BX // 16)
+    R: tl.constexpr = BX // (16 * WARPS)
+    J: tl.constexpr = max(1, 2 // R)
+    b_s = tl.load(p_s + i_s * (BX * BW) + tl.arange(0, BX * BW))
+    b_s = tl.reshape(b_s, (BW // (8 * J), WARPS, 8, 4, R, J, 2, 2))
+    return tl.reshape(tl.permute(b_s, (4, 1, 6, 2, 0, 5, 3, 7)), (BX, BW))
+
+
+@triton.jit
+def thread_sums(b_x, BX: tl.constexpr, BW: tl.constexpr, N: tl.constexpr):
+    """The sums of what each of N threads has of a tile."""
+    b_x = tl.reshape(by_thread(b_x, BX, BW), (BX * BW // (8 * N), N, 8))
+    return tl.sum(tl.sum(b_x, 2), 0)
 
 
 @triton.jit

@@ -86,12 +86,14 @@ def sums_of(row, kind):
     """What makes the gradient of one decay a head or row from what the passes for dq and dk leave."""
     if row.launch == "grads" and kind in ("constant", "scalar"):
         config = TABLE[row][0]
-        side = config.block_v if config.chunk < decay_scan.LONG.value else config.block_k
+        turned = config.chunk < decay_scan.LONG.value
+        side = config.block_v if turned else min(128, 2 * config.block_k)
         meta = dict(H=32, C=config.chunk, NW=row.size // config.block_v, N=side, BH=16, p_table=None)
         yield decay_scan_sums.row_decay_grad_kernel, meta
         if kind == "scalar":
             block_k, block_v = decay_fused.GROWN_BLOCKS
-            meta |= dict(K=row.size, V=row.size, BK=block_k, BV=block_v, TURNED=config.chunk < decay_scan.LONG.value)
+            meta |= dict(K=row.size, V=row.size, BK=block_k, BV=block_v, TURNED=turned)
+            meta |= dict(SX=config.block_k, SW=config.block_v)
             yield decay_scan_grown.grown_row_decay_grad_kernel, meta
 
 
