@@ -164,8 +164,15 @@ def _run(launches: Launches) -> None:
     new = {launch: first for launch, first in launches if launch.run is None}
     # Triton has one such mode at a time, and a caller's serves as well
     if len(new) > 1 and _async_compile.active_mode.get() is None:
-        with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
-            for launch, first in new.items():
-                launch.compile(*first)
+        try:
+            with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+                for launch, first in new.items():
+                    launch.compile(*first)
+        except BaseException:
+            # Triton's mode would stay active with a pool that is shut down, and kernels keep what nobody waited for
+            _async_compile.active_mode.set(None)
+            for launch in new:
+                launch.kernel.device_caches.clear()
+            raise
     for launch, first in launches:
         launch(*first)

@@ -296,3 +296,36 @@ def test_kernels_compile_side_by_side(monkeypatch, tmp_path):
     launcher()
     assert len(threads) == 2 and threading.main_thread().name not in threads
     assert [args[15] for _, args in fake.launches] == [32, 7, 32, 7]
+
+
+@triton.jit
+def broken_kernel(p_z, SIZE: tl.constexpr):
+    tl.static_assert(SIZE > 16, "too few")
+    tl.store(p_z, SIZE)
+
+
+def test_after_a_kernel_that_does_not_compile(monkeypatch, tmp_path):
+    """The error is that kernel's, anew at every call; all others compile, those of its call too."""
+    fake = Driver()
+    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
+        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x, z = torch.zeros(16), torch.zeros(16)
+    broken = Launch(broken_kernel, CPU, (3,), (16,), num_warps=1)
+    here, later = (Launch(example_kernel, CPU, (3,), (16, 1, many, 16, False), num_warps=1) for many in (32, 7))
+
+    @compiled_together
+    def launcher(*others, fails=False):
+        if fails:
+            broken(z)
+        for run in others:
+            run(x, None, z, 0.5)
+
+    errors = []
+    for _ in range(2):
+        with pytest.raises(triton.CompilationError, match="too few") as error:
+            launcher(here, fails=True)
+        errors.append(error.value)
+    launcher(later, here)
+    launcher(later, here)
+    assert [args[15] for _, args in fake.launches] == [7, 32, 7, 32] and errors[0] is not errors[1]
