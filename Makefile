@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-transformers lint bench clean
+.PHONY: demo test test-transformers test-triton lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -20,6 +20,15 @@ test-transformers: $(VENV)/installed
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/transformers '$(TRANSFORMERS)'
 	PYTHONPATH=build/transformers $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	PYTHONPATH=build/transformers OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/models
+
+# All kernels compiled ahead of time, without a GPU, by another Triton than the pinned one, the oldest unless named.
+TRITON ?= triton==3.6.0
+test-triton: $(VENV)/installed
+	rm -rf build/triton
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/triton '$(TRITON)'
+	PYTHONPATH=build/triton $(BIN)/python -c 'import triton; print("triton", triton.__version__)'
+	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
+		-m 'not gpu' -k compile tests/kernels/test_*_triton*.py
 
 # `kernels`, `passes` and `models` are imported from inside `fla_compile`: mypy is shown them there.
 lint: $(VENV)/installed

@@ -4,11 +4,7 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
-import re
-import subprocess
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from interpreted import interpreted  # noqa: E402
 from linear_loss_cases import CASES, Case, check_results, make_operands, options, results  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 
 from fla_compile.kernels import cross_entropy as over_logits  # noqa: E402
 from fla_compile.kernels import cross_entropy_rows, cross_entropy_triton  # noqa: E402
@@ -129,16 +126,6 @@ def compile_kernel(kernel, arch, dtype, constants, warps):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
-def stack_bytes(compiled):
-    """Local memory of the machine code: where spilled registers go."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage).group(1))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("V", [256, 4096, 32000, 128256])
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -150,10 +137,9 @@ def test_compiles(arch, V, dtype):
             STORE=True,
         )  # fmt: skip
         compiled = compile_kernel(cross_entropy_triton.loss_rows_kernel, arch, dtype, constants, warps)
-        assert compiled.metadata.shared <= 16 * 1024
-        assert stack_bytes(compiled) == 0
+        check_memory(compiled, 16 * 1024)
     compiled = compile_kernel(cross_entropy_triton.scale_kernel, arch, dtype, dict(BLOCK=4096), 8)
-    assert stack_bytes(compiled) == 0
+    check_memory(compiled)
 
 
 GPU_CASES = [

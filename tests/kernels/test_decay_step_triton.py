@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 from decay_cases import SCALE  # noqa: E402
 from decay_step_cases import DECAYS, FAMILIES, GROUPED, Case, check, make_operands, run  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 
 from fla_compile import ops  # noqa: E402
 from fla_compile.kernels import (  # noqa: E402
@@ -226,8 +226,7 @@ def test_compiles(family, dtype, arch, size, states):
     forms += [dict(steps=16, queries=8, in_place=False)] if states == 1 else []
     for form in forms:
         compiled = compile_kernel(family, dtype, arch, size, states=states, **form)
-        assert stack_bytes(compiled) == 0, form
-        assert compiled.metadata.shared <= 16 * 1024, form
+        check_memory(compiled, 16 * 1024, case=form)
         if form.get("dense", True):
             for access in ("ld.global.v4.b32", "st.global.v4.b32"):
                 assert access in compiled.asm["ptx"], (form, access)

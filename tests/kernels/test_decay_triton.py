@@ -15,7 +15,7 @@ from budget import check_budget  # noqa: E402
 from decay_ahead import compile_kernel, kernels_of, most_stack  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import DEVICE_SHARED, check_memory  # noqa: E402
 from range_cases import FLOOR, check_where_finite  # noqa: E402
 
 from fla_compile.kernels import (  # noqa: E402
@@ -207,7 +207,7 @@ def test_every_size_has_a_split_row():
 
 def test_shared_memory_filters():
     for row, config in all_configs():
-        assert config.shared <= {80: 163, 90: 227, 100: 227}[row.arch] * 1024
+        assert config.shared <= DEVICE_SHARED[row.arch]
     assert not configs_for(90, "wide", "vector", 2, 64, 16 * 1024)
     assert not configs_for(90, "wide", "vector", 4, 64)
 
@@ -257,10 +257,7 @@ def ahead_of_time():
 def test_compiles(row, kind, precision):
     for kernel, constants in kernels_of(row, kind):
         compiled = compile_kernel(kernel, constants, row, kind, precision)
-        name = kernel.fn.__name__
-        assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
-        stack = most_stack(row, kernel, constants)
-        assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
+        check_memory(compiled, TABLE[row][0].shared, most_stack(row, kernel, constants))
 
 
 # Every row of the table is met by every family; lengths and decays at length by the families with most code.

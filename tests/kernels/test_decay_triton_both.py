@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 from decay_ahead import POINTERS, STACK, WIDE  # noqa: E402
 from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results, results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from test_decay_triton import check_results, on_gpu  # noqa: E402
 from test_decay_triton_values import narrow_results  # noqa: E402
 
@@ -218,10 +218,8 @@ def test_compiles(arch, size, part):
     for kernel in (chunk_scan_both_kernel, step_scan_both_kernel):
         for even, packed in ((True, False), (False, False), (False, True)):
             compiled = compile_pass(kernel, arch, size, part, even, packed)
-            assert compiled.metadata.shared <= config.shared, f"{kernel.fn.__name__}: {compiled.metadata.shared} bytes"
-            stack, allowed = stack_bytes(compiled), STACK[4] if kernel is step_scan_both_kernel else config.stack
-            allowed += PACKED_STACK.get(arch, 0) * packed
-            assert stack <= allowed, f"{kernel.fn.__name__}: {stack} bytes of stack"
+            allowed = STACK[4] if kernel is step_scan_both_kernel else config.stack
+            check_memory(compiled, config.shared, allowed + PACKED_STACK.get(arch, 0) * packed)
 
 
 # Whole tiles of both classes; parts of tiles; what products do, what steps do, and both.

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 from decay_ahead import compile_kernel, most_stack, passes_of, sums_of  # noqa: E402
 from decay_cases import FAMILIES, NAMES, SCALE, Case, make_inputs  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from test_decay_triton import CAP, KIND, check_results, narrow_results  # noqa: E402
 
 from fla_compile import ops  # noqa: E402
@@ -308,10 +308,7 @@ def test_compiles(row, kind, whole):
         kernels += [(kernel, {n: y for n, y in x.items() if n != "p_table"}) for kernel, x in sums_of(row, kind)]
     for kernel, constants in kernels:
         compiled = compile_kernel(kernel, constants, row, kind, "ieee")
-        name = kernel.fn.__name__
-        assert compiled.metadata.shared <= TABLE[row][0].shared, f"{name}: {compiled.metadata.shared} bytes"
-        stack = most_stack(row, kernel, constants)
-        assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
+        check_memory(compiled, TABLE[row][0].shared, most_stack(row, kernel, constants))
 
 
 def gpu_inputs(family, lengths, dtype, K=128, V=96):

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 from decay_ahead import compile_kernel, most_stack, passes_of  # noqa: E402
 from decay_cases import FAMILIES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from test_decay_heads import GROUPED, one_for_each, shared_inputs, summed  # noqa: E402
 from test_decay_triton import KIND, check_results, narrow_results, on_gpu, run_kernels  # noqa: E402
 
@@ -138,9 +138,7 @@ def test_compiles(row, kind):
     """No more registers or shared memory than a pass without a run-up may need."""
     for kernel, constants in passes_of(row, kind, runup=True):
         compiled = compile_kernel(kernel, constants, row, kind, "ieee")
-        assert compiled.metadata.shared <= TABLE[row][0].shared, f"{compiled.metadata.shared} bytes"
-        stack = most_stack(row, kernel, constants)
-        assert stack_bytes(compiled) <= stack, f"{stack_bytes(compiled)} bytes of stack"
+        check_memory(compiled, TABLE[row][0].shared, most_stack(row, kernel, constants))
 
 
 @pytest.mark.gpu

@@ -1,23 +1,26 @@
-"""Time cut into segments for the sweeps of the split launch: interpreted, and on a GPU.
+"""Time cut into segments for the sweeps of the split launch: interpreted, compiled ahead of time, and on a GPU.
 
 Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pytest starts it in a process of its own,
 as for `test_decay_triton`.
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
+from decay_ahead import compile_kernel  # noqa: E402
 from decay_cases import FAMILIES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from test_decay_triton import KIND, check_results, narrow_results, on_gpu, run_kernels  # noqa: E402
 from test_decay_triton_values import check, value_case  # noqa: E402
 
 from fla_compile.kernels import decay_segments, decay_triton_common  # noqa: E402
-from fla_compile.kernels.decay_configs import Config  # noqa: E402
+from fla_compile.kernels.decay_configs import KINDS, TABLE, Config  # noqa: E402
 
 SMALL = Config(16, 16, 16, 4, 1, 0)
 STEPS = 72
@@ -91,6 +94,21 @@ def test_larger_tiles_where_they_fill_the_device(B, T, H, chunk):
     q = torch.empty(B, T, H, 256, dtype=torch.bfloat16, device="meta")
     assert decay_triton_common.plan_launch(q, q, "scalar", None, forward=True).config.chunk == chunk
     assert decay_triton_common.plan_launch(q, q, "scalar", None).config.chunk == 64
+
+
+SPLIT = [row for row in TABLE if (row.launch, row.nbytes, row.size) == ("split", 2, 128)]
+
+
+@pytest.mark.parametrize("row", SPLIT, ids=lambda row: f"sm{row.arch}-{row.family}")
+def test_compiles(row):
+    """The chain of segments, from and to states or neither; the sweeps are `test_decay_triton`'s."""
+    kinds = [kind for kind, family in KINDS.items() if family == row.family]
+    states = dict(HAS_S0=True, FINAL=True), dict(HAS_S0=False, FINAL=False, p_s0=None, p_st=None)
+    gates = [{"p_gv": None}, {}] if row.family == "key" else [{"p_gv": None}]
+    for kind, reverse, ends, gate in product(kinds, (False, True), states, gates):
+        constants = dict(K=128, V=128, BLOCK=1024, DECAY=decay_triton_common.KINDS[kind], REVERSE=reverse)
+        kernel = decay_segments.chain_segments_kernel
+        check_memory(compile_kernel(kernel, constants | ends | gate, row, kind, "ieee"))
 
 
 @pytest.mark.gpu

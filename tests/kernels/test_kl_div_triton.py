@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from interpreted import interpreted  # noqa: E402
 from linear_kl_cases import CASES, KINDS, Case, check_results, make_operands, options, results  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 
 from fla_compile.kernels import distillation_rows, distillation_triton, kl_div_rows, kl_div_triton  # noqa: E402
 from fla_compile.kernels.cross_entropy_rows import RowLoss  # noqa: E402
@@ -151,8 +151,7 @@ def check_compiles(arch, V, dtype, kind, everything):
         HAS_KEEP=everything, STORE=True,
     )  # fmt: skip
     compiled = compile_kernel(arch, dtype, constants, warps)
-    assert compiled.metadata.shared <= 16 * 1024
-    assert stack_bytes(compiled) == 0
+    check_memory(compiled, 16 * 1024)
 
 
 @pytest.mark.parametrize("V", [256, 2048, 32000])
@@ -179,8 +178,7 @@ def check_both_compiles(arch, V, dtype, kind, everything):
         SMOOTHED=everything, STORE=True,
     )  # fmt: skip
     compiled = compile_kernel(arch, dtype, constants, warps, distillation_triton.distillation_rows_kernel)
-    assert compiled.metadata.shared <= 16 * 1024
-    assert stack_bytes(compiled) == 0
+    check_memory(compiled, 16 * 1024)
 
 
 @pytest.mark.parametrize("V", [32000])

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from test_linear_scan import NAMES, TAME, Case, _inputs, _results  # noqa: E402
 
 from fla_compile.kernels import linear_scan_triton as module  # noqa: E402
@@ -101,7 +101,7 @@ def test_compiles(arch, dtype):
                 signature[name] = "i32"
         target = GPUTarget("cuda", arch, 32)
         compiled = triton.compile(ASTSource(kernel, signature, values), target=target, options={"num_warps": 1})
-        assert stack_bytes(compiled) == 0, f"{kernel.fn.__name__}: {stack_bytes(compiled)} bytes of stack"
+        check_memory(compiled)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from norm_gate_cases import CASES, Case, make_inputs, naive_results, results  # noqa: E402
 
 from fla_compile.kernels import norm_gate_triton  # noqa: E402
@@ -136,11 +136,9 @@ def ahead_of_time():
 def test_compiles(arch, width, nbytes, config, layer):
     for kernel in (norm_gate_triton.norm_gate_forward_kernel, norm_gate_triton.norm_gate_backward_kernel):
         compiled = compile_kernel(kernel, arch, width, nbytes, config, Form(width, 1e-5, layer, True, False))
-        name = kernel.fn.__name__
-        assert compiled.metadata.shared <= 48 * 1024, f"{name}: {compiled.metadata.shared} bytes"
-        assert stack_bytes(compiled) == 0, f"{name}: {stack_bytes(compiled)} bytes of stack"
+        check_memory(compiled, 48 * 1024)
         if width * nbytes >= 128:
-            assert "ld.global.v4.b32" in compiled.asm["ptx"], f"{name}: loads of less than 16 bytes"
+            assert "ld.global.v4.b32" in compiled.asm["ptx"], f"{kernel.fn.__name__}: loads of less than 16 bytes"
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -156,7 +154,7 @@ def test_sum_of_parts_compiles(arch):
         norm_gate_triton.sum_parts_kernel, dict(zip(names, types, strict=True)), constants, attributes
     )  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8})
-    assert compiled.metadata.shared <= 48 * 1024 and stack_bytes(compiled) == 0
+    check_memory(compiled, 48 * 1024)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
 
 

@@ -15,7 +15,7 @@ from budget import check_budget  # noqa: E402
 from decay_ahead import compile_kernel, gates_of, most_stack  # noqa: E402
 from decay_cases import SCALE, Case, Inputs, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
-from machine_code import stack_bytes  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from range_cases import FLOOR, check_where_finite  # noqa: E402
 from test_decay_triton import CAP, SMALLEST  # noqa: E402
 
@@ -192,14 +192,14 @@ def ahead_of_time():
 
 @pytest.mark.parametrize("row", list(ahead_of_time()))
 def test_compiles(row):
+    size = row.size
+    own = rwkv6_triton.own_scores_kernel, dict(H=4, K=size, BR=rwkv6_triton.BLOCK // size, BK=size)
     for packed in (False, True):
-        for kernel, constants in gates_of(row, packed=packed, bonus=True):
+        for kernel, constants in (*gates_of(row, packed=packed, bonus=True), own):
             compiled = compile_kernel(kernel, constants, row, "vector", "ieee")
-            name = kernel.fn.__name__
-            assert compiled.metadata.shared <= TABLE[row][0].shared + MORE_BEFORE, f"{name}: {compiled.metadata.shared}"
             place = row.arch, row.launch, row.size, constants.get("EXACT", False)
             stack = STACK.get(place, most_stack(row, kernel, constants))
-            assert stack_bytes(compiled) <= stack, f"{name}: {stack_bytes(compiled)} bytes of stack"
+            check_memory(compiled, TABLE[row][0].shared + MORE_BEFORE, stack)
 
 
 def on_gpu(x):

@@ -4,11 +4,7 @@ Run as a script (with TRITON_INTERPRET=1) this file is the interpreted part; pyt
 since Triton decides at import whether it interprets.
 """
 
-import re
-import subprocess
-import tempfile
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton has no build for this syst
 
 from budget import check_budget  # noqa: E402
 from interpreted import interpreted  # noqa: E402
+from machine_code import check_memory  # noqa: E402
 from short_conv_cases import Case, make_gradients, make_operands, truth_and_eager  # noqa: E402
 
 from fla_compile.kernels import short_conv_kernels, short_conv_triton  # noqa: E402
@@ -131,16 +128,6 @@ def compile_kernel(kernel, nbytes, W, arch, packed):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": config.num_warps})
 
 
-def stack_bytes(compiled):
-    """Local memory of the machine code: where spilled registers go."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage).group(1))
-
-
 def ahead_of_time():
     kernels = [(k, n, W) for k, n, W in product(("forward", "backward"), (2, 4), (4, 8))]
     kernels += [("state_grad", 2, 8), ("step", 2, 4), ("step", 4, 8), ("sum", 2, 4), ("sum", 4, 8)]
@@ -156,8 +143,7 @@ def ahead_of_time():
 @pytest.mark.parametrize(("kernel", "nbytes", "W", "arch", "packed"), list(ahead_of_time()))
 def test_compiles(kernel, nbytes, W, arch, packed):
     compiled = compile_kernel(kernel, nbytes, W, arch, packed)
-    assert compiled.metadata.shared <= 16 * 1024
-    assert stack_bytes(compiled) == 0
+    check_memory(compiled, 16 * 1024)
 
 
 GPU_CASES = {
