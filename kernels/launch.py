@@ -94,6 +94,8 @@ class Launch:
                 return
             wait_for_hash()
             compiled = self.kernel[self.grid](*first, *self.numbers, **self.options)
+            if isinstance(compiled, _async_compile.FutureKernel):  # in a mode of the caller's
+                compiled = compiled.result()
             if compiled is not None:
                 self.run = _direct(compiled, self.grid, self.device)
 

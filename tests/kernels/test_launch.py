@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -297,6 +298,20 @@ def test_kernels_compile_side_by_side(monkeypatch, tmp_path):
     launcher()
     assert len(threads) == 2 and threading.main_thread().name not in threads
     assert [args[15] for _, args in fake.launches] == [32, 7, 32, 7]
+
+
+def test_in_a_callers_mode(monkeypatch, tmp_path):
+    """Triton may hand out a kernel that is still being compiled."""
+    fake = Driver()
+    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
+        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x, z = torch.zeros(16), torch.zeros(16)
+    run = Launch(example_kernel, CPU, (3,), (16, 1, 64, 16, False), num_warps=1)
+    with ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
+        run(x, None, z, 0.5)
+        run(x, None, z, 0.5)
+    assert [args[15] for _, args in fake.launches] == [64, 64]
 
 
 @triton.jit
