@@ -28,7 +28,7 @@ test-triton: $(VENV)/installed
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/triton '$(TRITON)'
 	PYTHONPATH=build/triton $(BIN)/python -c 'import triton; print("triton", triton.__version__)'
 	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto \
-		-m 'not gpu' -k compile tests/kernels/test_*_triton*.py
+		-m 'not gpu' -k 'compile or test_launch' tests/kernels/test_*_triton*.py tests/kernels/test_launch.py
 
 # `kernels`, `passes` and `models` are imported from inside `fla_compile`: mypy is shown them there.
 lint: $(VENV)/installed

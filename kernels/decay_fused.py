@@ -36,6 +36,7 @@ from fla_compile.kernels.decay_scan import KEYS, LONG, PLAIN, QUERIES, chunk_sca
 from fla_compile.kernels.decay_scan_grown import grown_row_decay_grad_kernel
 from fla_compile.kernels.decay_scan_sums import SUMS, Sums, row_decay_grad_kernel
 from fla_compile.kernels.decay_segments import Packing, Part, ceil_div, chain_joints, chain_segments
+from fla_compile.kernels.decay_tiles import product_threads
 from fla_compile.kernels.decay_triton_common import KINDS
 from fla_compile.kernels.launch import Launch, compiled_together, layout, remember
 from fla_compile.kernels.launch_record import empty, recorded
@@ -137,7 +138,7 @@ def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     if tall.chunk < LONG.value:
         shape, side = (plan.K, plan.V), tall.block_v
     else:  # in whole tiles, and sums of threads
-        shape, side = (columns * tall.block_v, tall.block_k), min(128, 2 * tall.block_k)
+        shape, side = (columns * tall.block_v, tall.block_k), product_threads(tall.block_k)
     states = new_states(plan, like, packing, shape)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
     rows = empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)

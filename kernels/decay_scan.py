@@ -35,6 +35,7 @@ from fla_compile.kernels.decay_tiles import (
     load_state,
     load_tile,
     product,
+    product_threads,
     steps,
     store_product,
     store_state,
@@ -264,8 +265,8 @@ def chunk_scan_kernel(
 
     The initial state is read times s_in, y is written times s_y, the final state times s_st. Packed sequences have a
     table, and states p_u where their segments meet if any does. As QUERIES or KEYS the pass has its queries or keys in
-    p_e, and leaves sums of each row, the state before each chunk, p_h, which lies as the registers do, and sums of it
-    with its gradient. R.: of the H heads of y, neighbours that share one of x, z, w, g or e. With RUNUP the initial and
+    p_e, and leaves what `Sums` names: sums of each row, the state before each chunk, p_h, and sums of it with its
+    gradient. R.: of the H heads of y, neighbours that share one of x, z, w, g or e. With RUNUP the initial and
     the final state are those of sequences, not of segments.
     """
     if p_table is None:
@@ -305,9 +306,9 @@ def chunk_scan_kernel(
         b_f = tl.exp2((o_i - o_j) * s_g)
     if PART != PLAIN:
         NW: tl.constexpr = tl.cdiv(W, BW)
-        N: tl.constexpr = BW if TURNED else min(128, 2 * BX)
+        N: tl.constexpr = BW if TURNED else product_threads(BX)
         o_n = tl.arange(0, N)
-        EARLY: tl.constexpr = not TURNED and DECAY == ROW_DECAY  # else too few registers are left
+        EARLY: tl.constexpr = not TURNED and DECAY == ROW_DECAY  # a constant one leaves too few registers
         m_h = tile_mask(o_w < W, o_x, X, BX, W % BW == 0)
         if p_table is None:
             i_state = i_nh * tl.cdiv(L, C)
@@ -339,7 +340,7 @@ def chunk_scan_kernel(
             b_total = b_sum
         if OUTPUT:
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
-            if PART != PLAIN and not TURNED:  # waited for within a branch, its operands lie in no buffer more
+            if PART != PLAIN and not TURNED:  # waited for within a branch, it needs a buffer less (`NOTES.md`)
                 b_a = tl.zeros((C, C), tl.float32)
                 if t_0 < t_e:
                     b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)

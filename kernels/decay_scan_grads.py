@@ -222,8 +222,8 @@ def chunk_scan_grads_kernel(
         p_vc, p_doc, p_hc = p_v + i_row // RV * V, p_do + i_row * V, p_h + i_c.to(tl.int64) * (K * V)
         p_fc = p_f + i_c.to(tl.int64) * K + o_k
         m_f = None if K % BK == 0 else o_k < K
-        if not EXACT:  # a tile is loaded where it is used first: until then it takes no registers
-            b_f = load_masked(p_fc, m_f)
+        if not EXACT:
+            b_f = load_masked(p_fc, m_f)  # waited for late; a tile, which takes registers, is loaded where it is used
             if TWO:
                 b_g = load_turned(p_gc, o_c * (H // RG), o_k, m_t, K)
             else:  # with one tile of values, in memory's order, it measured faster, with two slower

@@ -31,8 +31,8 @@ def grown_row_decay_grad_kernel(
     RQ: tl.constexpr = 1, RK: tl.constexpr = 1, RV: tl.constexpr = 1, RG: tl.constexpr = 1,
 ):  # fmt: skip
     """Writes p_dg again where a step of the chunk grows. Programs, sums and p_dg as those of `row_decay_grad_kernel`;
-    p_h holds the states [V, K] in tiles of SX and SW
-    as `store_product` leaves them, or [K, V] if TURNED. R.: as in `chunk_scan_kernel`, of q, k, v and g."""
+    p_h holds the states [V, K] in tiles of SX and SW, by `store_product`, or [K, V] if TURNED. R.: as in
+    `chunk_scan_kernel`, of q, k, v and g."""
     NH: tl.constexpr = tl.cdiv(H, BH)
     i_p = tl.program_id(0)
     i_n = i_p // NH // n_p

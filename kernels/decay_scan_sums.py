@@ -132,7 +132,8 @@ def row_decay_grad_kernel(
 
 @dataclass(frozen=True)
 class Sums:
-    """What the passes leave: the state [V, K] before each chunk, the sums of each row, and those of states."""
+    """What the passes leave: the state before each chunk, tiles of [V, K] by `store_product`, or [K, V] where the
+    passes have it turned; the sums of each row; and those of the states with their gradients."""
 
     states: Tensor
     rows: Tensor

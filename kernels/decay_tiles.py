@@ -11,6 +11,7 @@ __all__ = [
     "load_state",
     "load_tile",
     "product",
+    "product_threads",
     "steps",
     "store_product",
     "store_state",
@@ -84,10 +85,16 @@ def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
     tl.store(p_t, b_s.to(p_s.dtype.element_ty), mask=m_s)
 
 
+@triton.constexpr_function
+def product_threads(BX):
+    """Threads of the warps, up to four, that have the rows of a product."""
+    return min(128, 2 * BX)
+
+
 @triton.jit
 def by_thread(b_x, BX: tl.constexpr, BW: tl.constexpr):
-    """The numbers of a tile with those side by side that a thread has of a product of four warps, 8 of one thread, 8 of
-    the next, and so on: so a tile is written and read without an exchange between threads."""
+    """The numbers of a tile with those side by side that a thread has of a product of up to four warps, 8 of one
+    thread, 8 of the next, and so on: so a tile is written and read without an exchange between threads."""
     WARPS: tl.constexpr = min(4, BX // 16)
     R: tl.constexpr = BX // (16 * WARPS)
     J: tl.constexpr = max(1, 2 // R)

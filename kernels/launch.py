@@ -164,7 +164,7 @@ def compiled_together(launcher: Callable[Arguments, Result]) -> Callable[Argumen
 
 def _run(launches: Launches) -> None:
     new = {launch: first for launch, first in launches if launch.run is None}
-    # Triton has one such mode at a time, and a caller's serves as well
+    # Triton has one such mode at a time: in a caller's, each is waited for
     if len(new) > 1 and _async_compile.active_mode.get() is None:
         try:
             with ThreadPoolExecutor(min(len(new), os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
@@ -174,7 +174,9 @@ def _run(launches: Launches) -> None:
             # Triton's mode would stay active with a pool that is shut down, and kernels keep what nobody waited for
             _async_compile.active_mode.set(None)
             for launch in new:
-                launch.kernel.device_caches.clear()
+                for cache, *_ in getattr(launch.kernel, "device_caches", {}).values():
+                    for key in [key for key, made in cache.items() if isinstance(made, _async_compile.FutureKernel)]:
+                        del cache[key]
             raise
     for launch, first in launches:
         launch(*first)

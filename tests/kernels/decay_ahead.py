@@ -15,6 +15,7 @@ from fla_compile.kernels import (
     decay_scan_grads,
     decay_scan_grown,
     decay_scan_sums,
+    decay_tiles,
     decay_triton,
     decay_triton_bwd,
     decay_triton_common,
@@ -87,7 +88,7 @@ def sums_of(row, kind):
     if row.launch == "grads" and kind in ("constant", "scalar"):
         config = TABLE[row][0]
         turned = config.chunk < decay_scan.LONG.value
-        side = config.block_v if turned else min(128, 2 * config.block_k)
+        side = config.block_v if turned else decay_tiles.product_threads(config.block_k)
         meta = dict(H=32, C=config.chunk, NW=row.size // config.block_v, N=side, BH=16, p_table=None)
         yield decay_scan_sums.row_decay_grad_kernel, meta
         if kind == "scalar":
@@ -161,9 +162,14 @@ def passes_of(row, kind, values=None, packed=False, runup=False):
             meta.update(p_table=None, p_u=None)
         meta.update(DECAY=decay_triton_common.KINDS[kind], OUTPUT=True)
         if row.launch != "grads":
-            found.append((decay_scan.chunk_scan_kernel, meta | dict(PART=0, **dict.fromkeys(NO_SUMS))))
+            meta |= dict(PART=0, **dict.fromkeys(NO_SUMS))
         elif kind != "none":
-            found.append((decay_scan.chunk_scan_kernel, meta | dict(PART=part)))
+            meta |= dict(PART=part)
+        else:
+            continue
+        found.append((decay_scan.chunk_scan_kernel, meta))
+        if not (packed or runup):  # as in training
+            found.append((decay_scan.chunk_scan_kernel, meta | dict(HAS_S0=False, p_s0=None)))
     return found
 
 

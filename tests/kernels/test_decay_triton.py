@@ -173,10 +173,11 @@ def interpret() -> None:
             assert torch.equal(alone[name], shared[name]), f"{case} {name} differs where programs share chunks"
         check_results(case, x, shared, torch.float16)
         print("ok fused", case)
-    for chunk, decay in ((32, "alternating"), (64, "peak")):
-        case = Case("simple_gla", 40, decay, B=1, H=1, K=20, V=72)
+    tiles = (32, 128, 16, 72, "alternating"), (64, 128, 16, 72, "peak"), (64, 64, 64, 40, "alternating")
+    for chunk, rows, columns, V, decay in tiles:
+        case = Case("simple_gla", 40, decay, B=1, H=1, K=20, V=V)
         x = make_inputs(case, torch.float32)
-        scans = scans_of(case, x, Config(chunk, 128, 16, 4, 1, 0), segments=2)
+        scans = scans_of(case, x, Config(chunk, rows, columns, 4, 1, 0), segments=2)
         check_results(case, x, run_kernels(x, scans=scans), torch.float32)
         print("ok fused", case)
     for family in FAMILIES[1:3]:  # a decay's gradient from block to block, and where nothing of the states is left
@@ -194,7 +195,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 48
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 49
 
 
 def test_every_size_has_a_split_row():

@@ -113,6 +113,7 @@ def interpret() -> None:
     cases += [("gla", (5, 33), "resets", half, small, 32, dict(H=1, K=16, V=8))]
     cases += [("gla", (3, 50), "weak", half, Config(32, 16, 16, 4, 1, 0), 32, dict(H=1, K=24, V=24))]
     cases += [("simple_gla", (3, 32, 49), "alternating", single, small, 32, dict(H=2, K=16, V=8))]
+    cases += [("simple_gla", (3, 70), "alternating", single, larger, 64, dict(H=1, K=40, V=20))]
     cases += [("retention", (32, 32, 32), "weak", half, small, None, dict(H=1, K=16, V=16))]
     for family, lengths, decay, dtype, config, longest, sizes in cases:
         case, x, cu_seqlens = make_packed(family, lengths, dtype, decay, **sizes)
@@ -210,7 +211,7 @@ def operator_results(family, x, cu_seqlens, need_dg):
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 1 + 1 + 2 + 3 + 2
+    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 1 + 1 + 1 + 2 + 3 + 2
 
 
 @pytest.mark.parametrize(
