@@ -136,10 +136,10 @@ def _new_sums(plan: Scans, like: Tensor, packing: Packing | None) -> Sums:
     """What the passes for dq and dk, [B, T, H, K], fill."""
     tall, columns = plan.tall, ceil_div(plan.K, plan.tall.block_v)
     if tall.chunk < LONG.value:
-        shape, side = (plan.K, plan.V), tall.block_v
+        states, side = new_states(plan, like, packing), tall.block_v
     else:  # in whole tiles, and sums of threads
-        shape, side = (columns * tall.block_v, tall.block_k), product_threads(tall.block_k)
-    states = new_states(plan, like, packing, shape)
+        states = new_states(plan, like, packing, (columns * tall.block_v, tall.block_k))
+        side = product_threads(tall.block_k)
     wide: dict[str, Any] = dict(dtype=torch.float32, device=like.device)
     rows = empty(plan.B, plan.H, SUMS.value, columns, plan.T, **wide)
     return Sums(states, rows, empty(states.shape[0], columns, side, **wide))

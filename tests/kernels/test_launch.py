@@ -225,11 +225,18 @@ def example_kernel(p_x, p_y, p_z, scale, n, one, many, SIZE: tl.constexpr, HAS_Y
     tl.store(p_z + o, b_x, mask=o < n)
 
 
-def test_as_triton_launches(monkeypatch):
-    """The driver gets the same from a first launch, which Triton prepares, a second one, and one by keywords."""
-    fake = Driver()
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A driver that launches nothing, in the place of Triton's, and an empty cache."""
+    driver = Driver()
     for module in ("triton.runtime.jit", "triton.compiler.compiler"):
-        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
+        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=driver))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return driver
+
+
+def test_as_triton_launches(fake):
+    """The driver gets the same from a first launch, which Triton prepares, a second one, and one by keywords."""
     x, z = torch.zeros(16), torch.zeros(16)
     run = Launch(example_kernel, CPU, (3,), (16, 1, 32, 16, False), num_warps=2)
     for scale in (0.5, 0.5, 2.0):
@@ -240,11 +247,9 @@ def test_as_triton_launches(monkeypatch):
     assert one == two == four and three[8] == 2.0 and three[:8] + three[9:] == one[:8] + one[9:]
 
 
-def test_whoever_listens_to_launches_hears_of_all(monkeypatch):
+def test_whoever_listens_to_launches_hears_of_all(fake, monkeypatch):
     """Triton collects what hooks are told only where there are any: now, not when the kernel was compiled."""
-    fake, runtime = Driver(), launch.knobs.runtime
-    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
-        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
+    runtime = launch.knobs.runtime
     x, z = torch.zeros(16), torch.zeros(16)
     run = Launch(example_kernel, CPU, (3,), (16, 1, 32, 16, False), num_warps=2)
 
@@ -269,12 +274,8 @@ def test_whoever_listens_to_launches_hears_of_all(monkeypatch):
     assert told() == [(None, None, None)] * 2
 
 
-def test_kernels_compile_side_by_side(monkeypatch, tmp_path):
+def test_kernels_compile_side_by_side(fake, monkeypatch):
     """Triton compiles both in threads, and the driver gets what it gets of launches one by one."""
-    fake = Driver()
-    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
-        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     threads, begin = set(), threading.Barrier(2, timeout=60)
     example_kernel.device_caches[0]  # what sets `compile`
@@ -300,12 +301,8 @@ def test_kernels_compile_side_by_side(monkeypatch, tmp_path):
     assert [args[15] for _, args in fake.launches] == [32, 7, 32, 7]
 
 
-def test_in_a_callers_mode(monkeypatch, tmp_path):
+def test_in_a_callers_mode(fake):
     """Triton may hand out a kernel that is still being compiled."""
-    fake = Driver()
-    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
-        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x, z = torch.zeros(16), torch.zeros(16)
     run = Launch(example_kernel, CPU, (3,), (16, 1, 64, 16, False), num_warps=1)
     with ThreadPoolExecutor(1) as pool, triton.AsyncCompileMode(pool):
@@ -320,12 +317,8 @@ def broken_kernel(p_z, SIZE: tl.constexpr):
     tl.store(p_z, SIZE)
 
 
-def test_after_a_kernel_that_does_not_compile(monkeypatch, tmp_path):
+def test_after_a_kernel_that_does_not_compile(fake):
     """The error is that kernel's, anew at every call; all others compile, those of its call too."""
-    fake = Driver()
-    for module in ("triton.runtime.jit", "triton.compiler.compiler"):
-        monkeypatch.setattr(f"{module}.driver", SimpleNamespace(active=fake))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x, z = torch.zeros(16), torch.zeros(16)
     broken = Launch(broken_kernel, CPU, (3,), (16,), num_warps=1)
     here, later = (Launch(example_kernel, CPU, (3,), (16, 1, many, 16, False), num_warps=1) for many in (32, 7))
