@@ -65,10 +65,16 @@ def store_turned(p_x, b_x, o_row, o_col, m_x, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def parts_product(b_h, b_l, b_y, b_sum, PRECISION: tl.constexpr):
+    """x y and a sum, of x in two parts."""
+    b_sum = tl.dot(b_l, b_y, b_sum, input_precision=PRECISION)
+    return tl.dot(b_h, b_y, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
 def turned_sums(b_h, b_l, m_x, b_sum, PRECISION: tl.constexpr):
     """sum_i x_i m_it [keys, rows] and a sum, of x in two parts."""
-    b_sum = tl.dot(b_l, m_x.to(b_l.dtype), b_sum, input_precision=PRECISION)
-    return tl.dot(b_h, m_x.to(b_h.dtype), b_sum, input_precision=PRECISION)
+    return parts_product(b_h, b_l, m_x.to(b_h.dtype), b_sum, PRECISION)
 
 
 @triton.jit
@@ -93,8 +99,7 @@ def state_product(b_s, b_x, b_sum, PRECISION: tl.constexpr):
     dtype: tl.constexpr = b_x.dtype
     if dtype == tl.bfloat16:
         b_h, b_l = halves(b_s.to(tl.float32), dtype)
-        b_sum = tl.dot(b_l, tl.trans(b_x), b_sum, input_precision=PRECISION)
-        return tl.dot(b_h, tl.trans(b_x), b_sum, input_precision=PRECISION)
+        return parts_product(b_h, b_l, tl.trans(b_x), b_sum, PRECISION)
     else:
         return tl.dot(b_s.to(dtype), tl.trans(b_x), b_sum, input_precision=PRECISION)
 
@@ -223,7 +228,7 @@ def chunk_scan_grads_kernel(
         p_fc = p_f + i_c.to(tl.int64) * K + o_k
         m_f = None if K % BK == 0 else o_k < K
         if not EXACT:
-            b_f = load_masked(p_fc, m_f)  # waited for late; a tile, which takes registers, is loaded where it is used
+            # each is loaded where it is used first: until then it takes no registers
             if TWO:
                 b_g = load_turned(p_gc, o_c * (H // RG), o_k, m_t, K)
             else:  # with one tile of values, in memory's order, it measured faster, with two slower
@@ -266,34 +271,36 @@ def chunk_scan_grads_kernel(
             b_least = tl.minimum(b_least, b_all)
             b_last = b_half
             b_r *= b_all[:, None]
+            b_f = load_masked(p_fc, m_f)
+            if TWO:  # the order of what follows is what measured fastest with two tiles of values, and with one
+                b_r2 *= b_all[:, None]
+                b_dx = grad_product(b_r2, b_v2, grad_product(b_r, b_v, b_zero, PRECISION), PRECISION)
             b_h = load_block(p_hc, 0, o_k, K, V, BK, BV)
             b_x = tl.sum(b_h.to(tl.float32) * b_r, 1)
             b_dq = state_product(b_h, b_do, b_zero, PRECISION)
             if TWO:
-                b_r2 *= b_all[:, None]
                 b_h = load_block(p_hc, 1, o_k, K, V, BK, BV)
                 b_x += tl.sum(b_h.to(tl.float32) * b_r2, 1)
                 b_dq = state_product(b_h, b_do2, b_dq, PRECISION)
+            else:
+                b_dx = grad_product(b_r, b_v, b_zero, PRECISION)
             b_x *= b_f
-            b_dq *= b_f[:, None]
-            b_dx = grad_product(b_r, b_v, b_zero, PRECISION)
-            if TWO:
-                b_dx = grad_product(b_r2, b_v2, b_dx, PRECISION)
             b_dx *= tl.exp2(-b_e)
             b_q = load_as_product(p_qc, o_c * (H // RQ), o_k, m_t, o_c, K, PRECISION)
             b_qh, b_ql = halves(b_q * tl.exp2(b_to), dtype)
-            b_r = tl.dot(b_ql, b_do, b_r, input_precision=PRECISION)
-            b_r = tl.dot(b_qh, b_do, b_r, input_precision=PRECISION)
-            if TWO:
-                b_r2 = tl.dot(b_ql, b_do2, b_r2, input_precision=PRECISION)
-                b_r2 = tl.dot(b_qh, b_do2, b_r2, input_precision=PRECISION)
+            if not TWO:
+                b_r = parts_product(b_qh, b_ql, b_do, b_r, PRECISION)
             b_dk = tl.dot(b_ql, b_ph, input_precision=PRECISION)
             b_dk = tl.dot(b_qh, b_pl, b_dk, input_precision=PRECISION)
             b_dk = tl.dot(b_qh, b_ph, b_dk, input_precision=PRECISION) * tl.exp2(-b_e)
             b_y = add_own(b_dk + b_dx, b_own, b_q, p_bonus, o_k, K, BEFORE, True) * scale
             store_turned(p_dk + i_row * K, b_y, o_c * H, o_k, m_t, K)
+            if TWO:
+                b_r = parts_product(b_qh, b_ql, b_do, b_r, PRECISION)
+                b_r2 = parts_product(b_qh, b_ql, b_do2, b_r2, PRECISION)
             b_k = load_as_product(p_kc, o_c * (H // RK), o_k, m_t, o_c, K, PRECISION)
             b_kh, b_kl = halves(b_k * tl.exp2(-b_e), dtype)
+            b_dq *= b_f[:, None]
             b_dq *= b_half[:, None]
             b_dq = tl.dot(b_kl, tl.trans(b_ph), b_dq, input_precision=PRECISION)
             b_dq = tl.dot(b_kh, tl.trans(b_pl), b_dq, input_precision=PRECISION)
