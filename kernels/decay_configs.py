@@ -3,14 +3,14 @@
 A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Families: `row` (no
 decay, or one a head or row) and `key` (one a key). Launches: `split`, in its place where there is one `outputs` for the
 forward alone, which has registers for longer chunks and so fewer states, and the two shapes of pass of the fused one,
-whose programs hold a state of all rows of the class and block_v columns: `wide` with K rows (the output and dv) and
-`tall` with V rows (dq and dk), which are `grads` where they leave a decay's gradient too. In family `key` backward has
-no passes but dv's where its chunks are as long: `states` leaves the states at the ends of chunks, in blocks of keys and
-values, from which `chunks` makes dv and the output of heads that no pass holds, and `tall` dq, dk and the decay's
-gradient of block_v keys, block_k values at a time. Where there are a `kept` and a `walk`, and a pass for the output,
-dv is a pass whatever its chunks; the first leaves states of all values, from which the second makes the other
-gradients, block_v keys and twice block_k values a program. Head size classes bound the larger of K and V, or the rows
-of the state, or for the last three the values.
+whose programs hold a state of all rows of the class and block_v columns: `wide` with K rows (the output and dv, which
+under one decay a row is `dv` where there is one) and `tall` with V rows (dq and dk), which are `grads` where they leave
+a decay's gradient too. In family `key` backward has no passes but dv's where its chunks are as long: `states` leaves
+the states at the ends of chunks, in blocks of keys and values, from which `chunks` makes dv and the output of heads
+that no pass holds, and `tall` dq, dk and the decay's gradient of block_v keys, block_k values at a time. Where there
+are a `kept` and a `walk`, and a pass for the output, dv is a pass whatever its chunks; the first leaves states of all
+values, from which the second makes the other gradients, block_v keys and twice block_k values a program. Head size
+classes bound the larger of K and V, or the rows of the state, or for the last three the values.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs, but
 not under a gate a key.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
@@ -119,6 +119,7 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_gate(80, 256, "tall", 32, 64, 64, 4, 1, 20608),
     **_passes(90, 64, (64, 64, 4, 3, 82944), (64, 64, 4, 3, 82944)),
     **_passes(90, 128, (32, 64, 4, 4, 80896), (32, 64, 4, 4, 80896), (64, 64, 4, 3, 115200, 48)),
+    Row(90, "dv", "row", 2, 128): (Config(64, 128, 64, 4, 3, 115200, 16),),
     **_gate(90, 64, "wide", 32, 64, 64, 4, 4, 86016),
     **_gate(90, 64, "states", 64, 64, 64, 4, 3, 107520),
     **_gate(90, 64, "tall", 64, 64, 64, 4, 1, 65536, 16),

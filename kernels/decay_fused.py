@@ -74,7 +74,7 @@ def _launch(
     key = (plan, tall, reverse, part, *map(layout, operands))
     launch = _launches.get(key)
     if launch is None:
-        config = plan.tall if tall else plan.wide
+        config = plan.tall if tall else plan.dv if reverse and y is not None else plan.wide
         # only the tiles of the table are known to compile to what they mean: smaller sizes are masked, not given others
         numbers = (
             plan.T, plan.length, plan.segments, plan.H, z.shape[-1], w.shape[-1], config.chunk, config.block_k,

@@ -28,13 +28,13 @@ FEW_STEPS = 16
 
 @dataclass(frozen=True)
 class Scans:
-    """What the passes of one call share: `wide` walks states with K rows (o, dv), `tall` with V rows (dq, dk).
+    """What the passes of one call share: `wide` and `dv` walk states with K rows (o, dv), `tall` with V rows (dq, dk).
 
     Under a gate a key no pass is `tall`: `states` leaves the states at the ends of chunks, or `wide` does, from which
     `chunks` makes outputs and `tall` gradients, a chunk a program. With a `walk`, that makes the gradients but dv, from
     what `kept` leaves, of chunks that those of `tall` are made of. Where no pass holds K rows, `wide` is `chunks`.
-    Where outputs alone are planned, `tall` is `wide`. With `runup` each segment's program walks what is before it too,
-    and no states of segments are chained.
+    Where outputs alone are planned, `dv` and `tall` are `wide`. With `runup` each segment's program walks what is
+    before it too, and no states of segments are chained.
     """
 
     B: int
@@ -45,6 +45,7 @@ class Scans:
     kind: str
     segments: int
     wide: Config
+    dv: Config
     tall: Config
     precision: str
     limit: float
@@ -67,13 +68,13 @@ class Scans:
 
     @functools.cached_property
     def length(self) -> int:
-        """Steps of a segment, the same for both shapes of pass: whole chunks of either, but for the last one's."""
+        """Steps of a segment, the same for all passes: whole chunks of each, but for the last one's."""
         return triton.cdiv(triton.cdiv(self.T, self.chunk), self.segments) * self.chunk
 
     @functools.cached_property
     def chunk(self) -> int:
-        """Segments but the last are whole chunks of so many steps: of either shape of pass."""
-        return _chunk(self.wide, self.tall, self.states)
+        """Segments but the last are whole chunks of so many steps: of every pass."""
+        return _chunk(self.wide, self.dv, self.tall, self.states)
 
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
@@ -91,6 +92,7 @@ def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, lim
         raise ValueError(f"a gate a key has no run-up, got runup={runup} and kind={kind!r}")
     grads = need_dg and kind in ("constant", "scalar")
     launches = ["wide", *["states", "chunks"] * (kind == "vector"), *["grads" if grads else "tall"] * (not forward)]
+    launches += ["dv"] * (kind == "scalar" and wide is None and not forward)
     B, T, H, K = q.shape
     sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall, walk)
     return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, runup, given, tuple(launches), before)
@@ -107,19 +109,19 @@ def _plan(
         shared -= MORE_BEFORE
     found: dict[str, Config] = {}
     for launch in launches:
-        asked = given[launch != "wide"]
+        asked = None if launch == "dv" else given[launch != "wide"]
         rows = (asked,) if asked else configs_for(
             arch, launch, kind, dtype.itemsize, V if launch in ("tall", "grads") else K, shared
         )  # fmt: skip
         if rows:
             found[launch] = rows[0]
-        elif launch not in ("wide", "chunks") or kind != "vector":
+        elif launch != "dv" and (launch not in ("wide", "chunks") or kind != "vector"):
             return None
     states, chunks = found.get("states"), found.get("chunks")
     wide = found.get("wide") or chunks
     if wide is None or ("wide" not in found and K <= wide.block_k):  # a row that does not fit
         return None
-    tall = found.get("tall") or found.get("grads") or wide
+    dv, tall = found.get("dv") or wide, found.get("tall") or found.get("grads") or wide
     if states is not None:  # what is left at the ends of chunks, by `states` or `wide`, is read by chunks as long
         if (states.chunk != chunks.chunk) if chunks is not None else states.chunk % wide.chunk:
             return None
@@ -129,9 +131,9 @@ def _plan(
         kept, walk = _walk(arch, kind, dtype, V, shared, given)
         assert walk is None or tall.chunk % walk.chunk == 0
     # the two directions cut time alike, whatever their chunks
-    chunk = _chunk(wide, tall, states)
+    chunk = _chunk(wide, dv, tall, states)
     if segments is None:
-        cut = _cutting(device, H, K, V, wide, tall, states, walk)
+        cut = _cutting(device, H, K, V, wide, dv, tall, states, walk)
         if runup is None:
             runup = T <= RUNUP_STEPS[kind]
         if runup:  # one program a multiprocessor, of a chunk at least, which may be the last and not whole
@@ -144,7 +146,8 @@ def _plan(
     if limit is None:
         limit = largest_range(dtype) if T > FEW_STEPS else -1.0
     runup = bool(runup) and segments > 1
-    return Scans(B, T, H, K, V, kind, segments, wide, tall, products, limit, states, chunks, kept, walk, runup, before)
+    configs = states, chunks, kept, walk
+    return Scans(B, T, H, K, V, kind, segments, wide, dv, tall, products, limit, *configs, runup, before)
 
 
 def _walk(
@@ -163,16 +166,16 @@ def _walk(
     return kept, walk
 
 
-def _chunk(wide: Config, tall: Config, states: Config | None) -> int:
-    return max(wide.chunk, tall.chunk, 0 if states is None else states.chunk)
+def _chunk(*configs: Config | None) -> int:
+    return max(config.chunk for config in configs if config is not None)
 
 
 def _cutting(
-    device: torch.device, H: int, K: int, V: int, wide: Config, tall: Config, states: Config | None,
+    device: torch.device, H: int, K: int, V: int, wide: Config, dv: Config, tall: Config, states: Config | None,
     walk: Config | None,
 ) -> dict[str, int]:  # fmt: skip
     """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
-    blocks, chunk = triton.cdiv(V, wide.block_v), _chunk(wide, tall, states)
+    blocks, chunk = triton.cdiv(V, max(wide.block_v, dv.block_v)), _chunk(wide, dv, tall, states)
     if states is None:
         blocks = blocks if tall is wide else min(blocks, triton.cdiv(K, tall.block_v))
     elif K <= wide.block_k:
@@ -190,5 +193,5 @@ def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device,
 
     `longest` asks for segments of about so many steps at most, in place of what fills the device.
     """
-    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.tall, plan.states, plan.walk)
+    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.dv, plan.tall, plan.states, plan.walk)
     return pack(bounds, device, state_chunk=plan.tall.chunk, longest=longest, **cut)

@@ -20,8 +20,7 @@ All exponents are <= 0 where g <= 0.
 
 Time may be cut into segments of L steps, each its own program with its own initial state, or into those of a table of
 packed sequences (`decay_segments`). With a *run-up* a program begins with the state of its sequence and walks what is
-before its segment, in reverse after it, for the state alone. The passes for dq and dk also write what the decay's
-gradient is made of (`decay_scan_sums`).
+before its segment, in reverse after it, for the state alone. dq's and dk's also write sums (`decay_scan_sums`).
 Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
 """
 
@@ -278,6 +277,7 @@ def chunk_scan_kernel(
     # The products of shorter chunks are taken transposed, and the state with them: then it is read from the registers
     # it lies in. Without a decay that measured slower (0.23 to 0.21 ms).
     TURNED: tl.constexpr = C < LONG and DECAY != NO_DECAY
+    BRANCH: tl.constexpr = not TURNED and (PART != PLAIN or (DECAY == ROW_DECAY and BX > LONG))
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
@@ -316,8 +316,8 @@ def chunk_scan_kernel(
         else:
             i_bh = i_h.to(tl.int64)
         p_r = p_sums + ((i_bh * SUMS + (PART - 1)) * NW + i_w) * T
-    # what no step changes is not kept in registers: beside the sums there are too few (`NOTES.md`)
-    for i_n in tl.range(n_c, disable_licm=PART != PLAIN):
+    # what no step changes is not kept in registers where there are too few (`NOTES.md`)
+    for i_n in tl.range(n_c, disable_licm=PART != PLAIN or BRANCH):
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, REVERSE)
         o_t = t_0 + o_c
         m_c = o_t < t_e
@@ -340,7 +340,7 @@ def chunk_scan_kernel(
             b_total = b_sum
         if OUTPUT:
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
-            if PART != PLAIN and not TURNED:  # waited for within a branch, it needs a buffer less (`NOTES.md`)
+            if BRANCH:  # waited for within one, a product needs a buffer less (`NOTES.md`)
                 b_a = tl.zeros((C, C), tl.float32)
                 if t_0 < t_e:
                     b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)

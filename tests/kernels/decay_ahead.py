@@ -150,9 +150,11 @@ def gates_of(row, values=None, packed=False, bonus=False):
 def passes_of(row, kind, values=None, packed=False, runup=False):
     if kind == "vector":
         return list(gates_of(row, values, packed))
-    config, tall = TABLE[row][0], row.launch != "wide"
+    config, tall = TABLE[row][0], row.launch in ("tall", "grads")
     found = []
-    for reverse in (False, True):
+    if row.launch == "dv" and kind != "scalar":
+        return found
+    for reverse in (False, True) if row.launch != "dv" else (True,):
         part = (1 + reverse) * tall
         meta = dict(
             H=4, X=row.size, W=values or row.size, C=config.chunk, BX=row.size, BW=config.block_v, HAS_S0=True,

@@ -189,13 +189,17 @@ def interpret() -> None:
     for family in FAMILIES[:3]:  # chunks long enough that nothing is transposed
         case = Case(family, 130, "strong", B=1, H=1, K=16, V=16)
         x = make_inputs(case, torch.float16)
-        scans = scans_of(case, x, Config(64, 16, 16, 4, 1, 0), segments=2)
-        check_results(case, x, run_kernels(x, scans=scans), torch.float16)
-        print("ok fused", case)
+        long = Config(64, 16, 16, 4, 1, 0)
+        ways = [scans_of(case, x, long, segments=2)]
+        if family == "simple_gla":  # dv's alone
+            ways.append(replace(scans_of(case, x, replace(long, chunk=16), segments=2), dv=long))
+        for scans in ways:
+            check_results(case, x, run_kernels(x, scans=scans), torch.float16)
+            print("ok fused", case)
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 49
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 50
 
 
 def test_every_size_has_a_split_row():
@@ -217,7 +221,8 @@ def test_segments():
     """Time is cut where heads are too few to fill the device, into whole chunks, the last segment apart."""
     q = torch.empty(1, 10_000, 2, 128, dtype=torch.bfloat16, device="meta")
     scans = decay_fused.plan_scans(q, q, "scalar")
-    assert scans.length % scans.wide.chunk == scans.length % scans.tall.chunk == 0
+    chunks = scans.wide.chunk, scans.dv.chunk, scans.tall.chunk
+    assert chunks == (32, 64, 32) and all(scans.length % chunk == 0 for chunk in chunks)
     assert (scans.segments - 1) * scans.length < 10_000 <= scans.segments * scans.length
     assert scans.segments > 16
     many = torch.empty(8, 10_000, 32, 128, dtype=torch.bfloat16, device="meta")
