@@ -4,13 +4,14 @@ A row is keyed by architecture, launch, family of decays, bytes per operand and 
 decay, or one a head or row) and `key` (one a key). Launches: `split`, in its place where there is one `outputs` for the
 forward alone, which has registers for longer chunks and so fewer states, and the two shapes of pass of the fused one,
 whose programs hold a state of all rows of the class and block_v columns: `wide` with K rows (the output and dv, which
-under one decay a row is `dv` where there is one) and `tall` with V rows (dq and dk), which are `grads` where they leave
-a decay's gradient too. In family `key` backward has no passes but dv's where its chunks are as long: `states` leaves
-the states at the ends of chunks, in blocks of keys and values, from which `chunks` makes dv and the output of heads
-that no pass holds, and `tall` dq, dk and the decay's gradient of block_v keys, block_k values at a time. Where there
-are a `kept` and a `walk`, and a pass for the output, dv is a pass whatever its chunks; the first leaves states of all
-values, from which the second makes the other gradients, block_v keys and twice block_k values a program. Head size
-classes bound the larger of K and V, or the rows of the state, or for the last three the values.
+under one decay a row is `dv` where there is one and the decay's gradient is left) and `tall` with V rows (dq and dk),
+which are `grads` where they leave a decay's gradient too. In family `key` backward has no passes but dv's where its
+chunks are as long: `states` leaves the states at the ends of chunks, in blocks of keys and values, from which `chunks`
+makes dv and the output of heads that no pass holds, and `tall` dq, dk and the decay's gradient of block_v keys, block_k
+values at a time. Where there are a `kept` and a `walk`, and a pass for the output, dv is a pass whatever its chunks;
+the first leaves states of all values, from which the second makes the other gradients, block_v keys and twice block_k
+values a program. Head size classes bound the larger of K and V, or the rows of the state, or for the last three the
+values.
 Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs, but
 not under a gate a key.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32

@@ -33,8 +33,9 @@ class Scans:
     Under a gate a key no pass is `tall`: `states` leaves the states at the ends of chunks, or `wide` does, from which
     `chunks` makes outputs and `tall` gradients, a chunk a program. With a `walk`, that makes the gradients but dv, from
     what `kept` leaves, of chunks that those of `tall` are made of. Where no pass holds K rows, `wide` is `chunks`.
-    Where outputs alone are planned, `dv` and `tall` are `wide`. With `runup` each segment's program walks what is
-    before it too, and no states of segments are chained.
+    Where outputs alone are planned, `dv` and `tall` are `wide`; so is `dv` but for one decay a row whose gradient is
+    left, where the table has a row for it. With `runup` each segment's program walks what is before it too, and no
+    states of segments are chained.
     """
 
     B: int
@@ -84,15 +85,15 @@ def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, lim
     """None where there is no configuration for these operands; `heads` of the output, those of q if None.
 
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient;
-    `before`, a gate a key whose state is read before the update. `wide`, `tall` and `walk` are asked for in place of
-    the table's, `tall` alone without a `walk`; `segments` and `runup` in place of the rule's choice; segments asked for
-    alone have no run-up. Raises ValueError for a run-up under a gate a key.
+    `before`, a gate a key whose state is read before the update. `wide`, which then is dv's too, `tall` and `walk` are
+    asked for in place of the table's, `tall` alone without a `walk`; `segments` and `runup` in place of the rule's
+    choice; segments asked for alone have no run-up. Raises ValueError for a run-up under a gate a key.
     """
     if runup and kind == "vector":
         raise ValueError(f"a gate a key has no run-up, got runup={runup} and kind={kind!r}")
     grads = need_dg and kind in ("constant", "scalar")
     launches = ["wide", *["states", "chunks"] * (kind == "vector"), *["grads" if grads else "tall"] * (not forward)]
-    launches += ["dv"] * (kind == "scalar" and wide is None and not forward)
+    launches += ["dv"] * (kind == "scalar" and wide is None and need_dg and not forward)
     B, T, H, K = q.shape
     sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall, walk)
     return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, runup, given, tuple(launches), before)

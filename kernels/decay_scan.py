@@ -20,7 +20,8 @@ All exponents are <= 0 where g <= 0.
 
 Time may be cut into segments of L steps, each its own program with its own initial state, or into those of a table of
 packed sequences (`decay_segments`). With a *run-up* a program begins with the state of its sequence and walks what is
-before its segment, in reverse after it, for the state alone. dq's and dk's also write sums (`decay_scan_sums`).
+before its segment, in reverse after it, for the state alone. The passes for dq and dk also write what the decay's
+gradient is made of (`decay_scan_sums`).
 Sources: Yang et al. 2024 (arXiv:2312.06635), section 4; Dao and Gu 2024 (arXiv:2405.21060), section 6.
 """
 
@@ -43,14 +44,7 @@ from fla_compile.kernels.decay_tiles import (
     tile_mask,
     turn,
 )
-from fla_compile.kernels.decay_triton_common import (
-    CONSTANT_DECAY,
-    LOG2_E,
-    NO_DECAY,
-    ROW_DECAY,
-    as_decay,
-    row_decay,
-)
+from fla_compile.kernels.decay_triton_common import CONSTANT_DECAY, LOG2_E, NO_DECAY, ROW_DECAY, as_decay, row_decay
 
 __all__ = [
     "KEYS",
@@ -277,7 +271,9 @@ def chunk_scan_kernel(
     # The products of shorter chunks are taken transposed, and the state with them: then it is read from the registers
     # it lies in. Without a decay that measured slower (0.23 to 0.21 ms).
     TURNED: tl.constexpr = C < LONG and DECAY != NO_DECAY
-    BRANCH: tl.constexpr = not TURNED and (PART != PLAIN or (DECAY == ROW_DECAY and BX > LONG))
+    # Scores within a branch: they are waited for there, and what they read needs a buffer less, so that two programs
+    # fit. Without sums, those of 64 rows of a state, which fit anyway, are slower so (`NOTES.md`).
+    BRANCH: tl.constexpr = OUTPUT and not TURNED and (PART != PLAIN or (DECAY == ROW_DECAY and BX > 64))
     n_c = tl.cdiv(t_e - t_a, C)
     o_c = tl.arange(0, C)
     o_x = tl.arange(0, BX)
@@ -340,7 +336,7 @@ def chunk_scan_kernel(
             b_total = b_sum
         if OUTPUT:
             b_x = load_tile(p_x + i_row // RX * X, o_c * (H // RX), o_x, m_x, X)
-            if BRANCH:  # waited for within one, a product needs a buffer less (`NOTES.md`)
+            if BRANCH:
                 b_a = tl.zeros((C, C), tl.float32)
                 if t_0 < t_e:
                     b_a = product(b_x, tl.trans(b_z), None, TURNED, PRECISION)

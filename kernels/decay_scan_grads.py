@@ -228,7 +228,6 @@ def chunk_scan_grads_kernel(
         p_fc = p_f + i_c.to(tl.int64) * K + o_k
         m_f = None if K % BK == 0 else o_k < K
         if not EXACT:
-            # each is loaded where it is used first: until then it takes no registers
             if TWO:
                 b_g = load_turned(p_gc, o_c * (H // RG), o_k, m_t, K)
             else:  # with one tile of values, in memory's order, it measured faster, with two slower
@@ -271,7 +270,7 @@ def chunk_scan_grads_kernel(
             b_least = tl.minimum(b_least, b_all)
             b_last = b_half
             b_r *= b_all[:, None]
-            b_f = load_masked(p_fc, m_f)
+            b_f = load_masked(p_fc, m_f)  # asked for late, as tiles are: until then it takes no registers
             if TWO:  # the order of what follows is what measured fastest with two tiles of values, and with one
                 b_r2 *= b_all[:, None]
                 b_dx = grad_product(b_r2, b_v2, grad_product(b_r, b_v, b_zero, PRECISION), PRECISION)

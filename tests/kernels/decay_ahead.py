@@ -22,7 +22,7 @@ from fla_compile.kernels import (
     decay_triton_grads,
     decay_triton_grown,
 )
-from fla_compile.kernels.decay_configs import TABLE
+from fla_compile.kernels.decay_configs import KINDS, TABLE
 
 POINTERS = {2: "*bf16", 4: "*fp32"}
 WIDE = {"p_g", "p_h0", "p_ht", "p_dht", "p_dh0", "p_dg", "p_dqs", "p_dks", "p_dgs", "p_s0", "p_st", "p_gt", "p_range"}
@@ -37,6 +37,12 @@ DEFAULTS |= dict(RUNUP=False, BEFORE=False)
 STACK = {2: 0, 4: 16}
 # Of `chunk_grads_kernel`, whose elementwise products are three: with all values at once, and in blocks.
 EXACT_STACK = 48, 56
+
+
+def kinds_of(row):
+    """The kinds of decay under which a row is launched."""
+    absent = {"grads": ["none"], "dv": ["none", "constant"]}.get(row.launch, [])
+    return [kind for kind, family in KINDS.items() if family == row.family and kind not in absent]
 
 
 def kernels_of(row, kind, values=None):
@@ -152,8 +158,6 @@ def passes_of(row, kind, values=None, packed=False, runup=False):
         return list(gates_of(row, values, packed))
     config, tall = TABLE[row][0], row.launch in ("tall", "grads")
     found = []
-    if row.launch == "dv" and kind != "scalar":
-        return found
     for reverse in (False, True) if row.launch != "dv" else (True,):
         part = (1 + reverse) * tall
         meta = dict(
@@ -171,7 +175,7 @@ def passes_of(row, kind, values=None, packed=False, runup=False):
             continue
         found.append((decay_scan.chunk_scan_kernel, meta))
         if not (packed or runup):  # as in training
-            found.append((decay_scan.chunk_scan_kernel, meta | dict(HAS_S0=False, p_s0=None)))
+            found.append((decay_scan.chunk_scan_kernel, meta | dict(HAS_S0=False, p_s0=None, EVEN=True)))
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
-from decay_ahead import compile_kernel, most_stack, passes_of, sums_of  # noqa: E402
+from decay_ahead import compile_kernel, kinds_of, most_stack, passes_of, sums_of  # noqa: E402
 from decay_cases import FAMILIES, NAMES, SCALE, Case, make_inputs  # noqa: E402
 from interpreted import interpreted  # noqa: E402
 from machine_code import check_memory  # noqa: E402
@@ -31,7 +31,7 @@ from fla_compile.kernels import (  # noqa: E402
     decay_triton_common,
     decay_triton_packed,
 )
-from fla_compile.kernels.decay_configs import KINDS, TABLE, Config, all_configs  # noqa: E402
+from fla_compile.kernels.decay_configs import TABLE, Config, all_configs  # noqa: E402
 
 LENGTHS = (1, 2, 31, 64, 65, 130)
 
@@ -121,6 +121,11 @@ def interpret() -> None:
         got = run_packed(x, cu_seqlens, scans=scans, longest=longest)
         check_packed(case, x, cu_seqlens, dtype, got)
         print("ok", dtype, case)
+    case, x, cu_seqlens = make_packed("simple_gla", (3, 70, 130), half, H=1, K=20, V=24)
+    scans = decay_fused.plan_scans(x.q, x.v, "scalar", wide=small, tall=small)
+    scans = dataclasses.replace(scans, dv=dataclasses.replace(small, chunk=64))
+    check_packed(case, x, cu_seqlens, half, run_packed(x, cu_seqlens, scans=scans, longest=64))
+    print("ok", half, case)
     for family in FAMILIES[2:]:
         without_states(family, small)
     one_sequence(larger)
@@ -211,7 +216,7 @@ def operator_results(family, x, cu_seqlens, need_dg):
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 1 + 1 + 1 + 2 + 3 + 2
+    assert interpreted(__file__) == 1 + 3 + 2 + 1 + 1 + 1 + 1 + 1 + 1 + 2 + 3 + 2
 
 
 @pytest.mark.parametrize(
@@ -277,8 +282,8 @@ def test_what_is_gathered():
 
 def ahead_of_time():
     for row, _ in all_configs():
-        for kind, family in KINDS.items():
-            if row.launch in ("split", "outputs") or family != row.family or (row.launch == "grads" and kind == "none"):
+        for kind in kinds_of(row):
+            if row.launch in ("split", "outputs"):
                 continue
             name = f"sm{row.arch}-{row.launch}-{kind}-{row.size}"
             yield pytest.param(row, kind, True, id=name, marks=pytest.mark.slow)

@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
-from decay_ahead import compile_kernel, most_stack, passes_of  # noqa: E402
+from decay_ahead import compile_kernel, kinds_of, most_stack, passes_of  # noqa: E402
 from decay_cases import FAMILIES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
 from machine_code import check_memory  # noqa: E402
@@ -18,20 +18,20 @@ from test_decay_heads import GROUPED, one_for_each, shared_inputs, summed  # noq
 from test_decay_triton import KIND, check_results, narrow_results, on_gpu, run_kernels  # noqa: E402
 
 from fla_compile.kernels import decay_plan  # noqa: E402
-from fla_compile.kernels.decay_configs import KINDS, TABLE, Config, all_configs  # noqa: E402
+from fla_compile.kernels.decay_configs import TABLE, Config, all_configs  # noqa: E402
 from fla_compile.kernels.decay_plan import plan_scans  # noqa: E402
 
 SMALL, LARGER = Config(16, 32, 16, 4, 1, 0), Config(64, 32, 16, 4, 1, 0)
 ROWS = FAMILIES[:3]
 
 
-def scans_of(x, family, segments, config=SMALL, tall=None, heads=None):
+def scans_of(x, family, segments, config=SMALL, tall=None, heads=None, dv=None):
     """As many segments, with run-ups if there are two or more; one is the walk of all chunks."""
     scans = plan_scans(
         x.q, x.v, KIND[family], heads=heads, segments=segments, runup=True, wide=config, tall=tall or config
     )
     assert scans.segments == segments and scans.runup == (segments > 1) and not scans.chained
-    return scans
+    return replace(scans, dv=dv or scans.dv)
 
 
 def check_segments(case, dtype, *segments, **tiles):
@@ -56,6 +56,7 @@ def interpret() -> None:
         check_segments(Case(family, 150, "weak", B=1, H=1, K=16, V=16), half, 3, config=LARGER)
         check_segments(Case(family, 150, "strong", B=1, H=1, K=8, V=16), half, 2, tall=LARGER)
         absent(family)
+    check_segments(Case("simple_gla", 150, "strong", B=1, H=1, K=8, V=16), half, 2, tall=LARGER, dv=LARGER)
     check_segments(Case("retention", 40, "very_strong", B=1, H=2, K=16, V=16), half, 3)
     check_segments(Case("simple_gla", 40, "resets", B=1, H=2, K=16, V=16), half, 3)
     check_segments(Case("simple_gla", 40, "alternating", B=1, H=1, K=20, V=8), single, 3)
@@ -85,7 +86,7 @@ def grouped(family, heads) -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 6 * 3 + 3 + 2 * 3
+    assert interpreted(__file__) == 6 * 3 + 4 + 2 * 3
 
 
 def planned(B, T, H, D, kind="none", **how):
@@ -123,10 +124,8 @@ def test_asked_for():
 
 def ahead_of_time():
     for row, _ in all_configs():
-        for kind, family in KINDS.items():
-            if row.launch in ("split", "outputs") or (family, row.family) != ("row", "row"):
-                continue
-            if row.launch == "grads" and kind == "none":
+        for kind in kinds_of(row):
+            if row.launch in ("split", "outputs") or row.family != "row":
                 continue
             quick = row.arch in (80, 90) and row.size == 128 and kind == "scalar" and row.launch != "tall"
             name = f"sm{row.arch}-{row.launch}-{kind}-{row.size}"
