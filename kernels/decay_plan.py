@@ -75,7 +75,8 @@ class Scans:
     @functools.cached_property
     def chunk(self) -> int:
         """Segments but the last are whole chunks of so many steps: of every pass."""
-        return _chunk(self.wide, self.dv, self.tall, self.states)
+        configs = self.wide, self.dv, self.tall, self.states
+        return max(config.chunk for config in configs if config is not None)
 
 
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
@@ -131,10 +132,13 @@ def _plan(
     if kind == "vector" and "tall" in launches and K <= wide.block_k:
         kept, walk = _walk(arch, kind, dtype, V, shared, given)
         assert walk is None or tall.chunk % walk.chunk == 0
-    # the two directions cut time alike, whatever their chunks
-    chunk = _chunk(wide, dv, tall, states)
+    if limit is None:
+        limit = largest_range(dtype) if T > FEW_STEPS else -1.0
+    configs = states, chunks, kept, walk
+    plan = Scans(B, T, H, K, V, kind, 1, wide, dv, tall, products, limit, *configs, before=before)
+    chunk = plan.chunk  # the two directions cut time alike, whatever their chunks
     if segments is None:
-        cut = _cutting(device, H, K, V, wide, dv, tall, states, walk)
+        cut = _cutting(plan, device)
         if runup is None:
             runup = T <= RUNUP_STEPS[kind]
         if runup:  # one program a multiprocessor, of a chunk at least, which may be the last and not whole
@@ -144,11 +148,7 @@ def _plan(
         else:
             segments = segment_count(T, steps=B * T, **cut)
     segments = triton.cdiv(T, triton.cdiv(triton.cdiv(T, chunk), segments) * chunk)
-    if limit is None:
-        limit = largest_range(dtype) if T > FEW_STEPS else -1.0
-    runup = bool(runup) and segments > 1
-    configs = states, chunks, kept, walk
-    return Scans(B, T, H, K, V, kind, segments, wide, dv, tall, products, limit, *configs, runup, before)
+    return dataclasses.replace(plan, segments=segments, runup=bool(runup) and segments > 1)
 
 
 def _walk(
@@ -167,26 +167,20 @@ def _walk(
     return kept, walk
 
 
-def _chunk(*configs: Config | None) -> int:
-    return max(config.chunk for config in configs if config is not None)
-
-
-def _cutting(
-    device: torch.device, H: int, K: int, V: int, wide: Config, dv: Config, tall: Config, states: Config | None,
-    walk: Config | None,
-) -> dict[str, int]:  # fmt: skip
+def _cutting(plan: Scans, device: torch.device) -> dict[str, int]:
     """What `segment_count` is told of a device, and of the shape of pass that has fewer programs."""
-    blocks, chunk = triton.cdiv(V, max(wide.block_v, dv.block_v)), _chunk(wide, dv, tall, states)
+    K, V, states, tall, chunk = plan.K, plan.V, plan.states, plan.tall, plan.chunk
+    blocks = triton.cdiv(V, max(plan.wide.block_v, plan.dv.block_v))
     if states is None:
-        blocks = blocks if tall is wide else min(blocks, triton.cdiv(K, tall.block_v))
-    elif K <= wide.block_k:
+        blocks = blocks if tall is plan.wide else min(blocks, triton.cdiv(K, tall.block_v))
+    elif plan.held:
         blocks = min(blocks, triton.cdiv(V, states.block_v))
-        if walk is not None:  # which has as many programs as what is kept for it
-            blocks = min(blocks, triton.cdiv(K, walk.block_v))
+        if plan.walk is not None:  # which has as many programs as what is kept for it
+            blocks = min(blocks, triton.cdiv(K, plan.walk.block_v))
     else:
         blocks = triton.cdiv(K, states.block_k) * triton.cdiv(V, states.block_v)
-    programs, room = H * blocks, RESIDENT * multiprocessors(device)
-    return dict(programs=programs, chunk=chunk, room=room, resident=RESIDENT, shortest=max(chunk, SHORTEST[chunk > 32]))
+    room, shortest = RESIDENT * multiprocessors(device), max(chunk, SHORTEST[chunk > 32])
+    return dict(programs=plan.H * blocks, chunk=chunk, room=room, resident=RESIDENT, shortest=shortest)
 
 
 def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device, longest: int | None = None) -> Packing:
@@ -194,5 +188,4 @@ def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device,
 
     `longest` asks for segments of about so many steps at most, in place of what fills the device.
     """
-    cut = _cutting(device, plan.H, plan.K, plan.V, plan.wide, plan.dv, plan.tall, plan.states, plan.walk)
-    return pack(bounds, device, state_chunk=plan.tall.chunk, longest=longest, **cut)
+    return pack(bounds, device, state_chunk=plan.tall.chunk, longest=longest, **_cutting(plan, device))

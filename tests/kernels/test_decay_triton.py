@@ -217,32 +217,6 @@ def test_shared_memory_filters():
     assert not configs_for(90, "wide", "vector", 4, 64)
 
 
-def test_segments():
-    """Time is cut where heads are too few to fill the device, into whole chunks, the last segment apart."""
-    q = torch.empty(1, 10_000, 2, 128, dtype=torch.bfloat16, device="meta")
-    scans = decay_fused.plan_scans(q, q, "scalar")
-    assert scans.dv is scans.wide and scans.length % scans.wide.chunk == scans.length % scans.tall.chunk == 0
-    assert (scans.segments - 1) * scans.length < 10_000 <= scans.segments * scans.length
-    assert scans.segments > 16
-    many = torch.empty(8, 10_000, 32, 128, dtype=torch.bfloat16, device="meta")
-    assert decay_fused.plan_scans(many, many, "scalar").segments == 1
-    assert decay_fused.plan_scans(q.float(), q, "scalar") is None
-
-
-def test_value_grads():
-    """dv has tiles of its own under one decay a row of more than 64 keys, beside passes that leave its gradient."""
-    for K, V, cut in ((128, 128, 7), (72, 40, 1)):
-        q, v = (torch.empty(1, 1000, 2, size, dtype=torch.bfloat16, device="meta") for size in (K, V))
-        scans = decay_fused.plan_scans(q, v, "scalar", need_dg=True, segments=cut)
-        assert (scans.wide.chunk, scans.dv.chunk) == (32, 64) and scans.length % 64 == 0
-        for how in (dict(need_dg=False), dict(forward=True), dict(wide=scans.wide)):
-            scans = decay_fused.plan_scans(q, v, "scalar", **dict(need_dg=True) | how)
-            assert scans.dv is scans.wide
-        scans = decay_fused.plan_scans(q, v, "constant", need_dg=True)
-        assert scans.dv is scans.wide
-    assert not configs_for(90, "dv", "scalar", 2, 64) and not configs_for(80, "dv", "scalar", 2, 128)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
