@@ -18,6 +18,7 @@ Narrow rows compile without spilling but where one says how much (`NOTES.md` has
 rows with at most 16 bytes; the tests prove it.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -70,6 +71,7 @@ class Row:
     family: str
     nbytes: int
     size: int
+    few: bool = field(default=False, kw_only=True)
 
 
 def _split(arch: int, family: str, nbytes: int, *config: int) -> dict[Row, tuple[Config, ...]]:
@@ -78,11 +80,11 @@ def _split(arch: int, family: str, nbytes: int, *config: int) -> dict[Row, tuple
 
 
 def _passes(
-    arch: int, size: int, wide: tuple[int, ...], tall: tuple[int, ...], grads: tuple[int, ...] = ()
+    arch: int, size: int, wide: tuple[int, ...], tall: tuple[int, ...], grads: tuple[int, ...] = (), few: bool = False
 ) -> dict[Row, tuple[Config, ...]]:
     """The fused launch takes operands of two bytes, and all rows of a state at once."""
-    shapes = {"wide": wide, "tall": tall, "grads": grads or tall}
-    return {Row(arch, name, "row", 2, size): (Config(x[0], size, *x[1:]),) for name, x in shapes.items()}
+    shapes = {"wide": wide, "tall": tall} | ({} if few else {"grads": grads or tall})
+    return {Row(arch, name, "row", 2, size, few=few): (Config(x[0], size, *x[1:]),) for name, x in shapes.items()}
 
 
 def _gate(arch: int, size: int, launch: str, *config: int, spare: bool = True) -> dict[Row, tuple[Config, ...]]:
@@ -121,6 +123,9 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_passes(90, 64, (64, 64, 4, 3, 82944), (64, 64, 4, 3, 82944)),
     **_passes(90, 128, (32, 64, 4, 4, 80896), (32, 64, 4, 4, 80896), (64, 64, 4, 3, 115200, 48)),
     Row(90, "dv", "row", 2, 128): (Config(64, 128, 64, 4, 3, 115200, 16),),
+    **_passes(90, 256, (32, 128, 8, 4, 135168, 64), (32, 128, 8, 4, 135168, 24), (64, 64, 8, 2, 139520, 168)),
+    **_passes(90, 256, (32, 64, 4, 3, 79872, 112), (32, 64, 4, 3, 79872, 64), few=True),
+    Row(90, "grads", "row", 2, 256, few=True): (),
     **_gate(90, 64, "wide", 32, 64, 64, 4, 4, 86016),
     **_gate(90, 64, "states", 64, 64, 64, 4, 3, 107520),
     **_gate(90, 64, "tall", 64, 64, 64, 4, 1, 65536, 16),
@@ -135,6 +140,8 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_gate(90, 256, "states", 64, 64, 128, 4, 2, 83968),
     **_gate(90, 256, "chunks", 64, 64, 128, 4, 2, 83968, 72),
     **_gate(90, 256, "tall", 64, 64, 64, 4, 1, 49152, 104),
+    Row(90, "chunks", "key", 2, 256, few=True): (Config(64, 64, 64, 4, 3, 108544, 32),),
+    Row(90, "tall", "key", 2, 256, few=True): (Config(64, 64, 32, 4, 2, 45056),),
 }
 
 
@@ -210,19 +217,17 @@ def step_checked(arch: int) -> bool:
 
 
 def configs_for(
-    arch: int, launch: str, kind: str, nbytes: int, size: int, shared_limit: int | None = None
+    arch: int, launch: str, kind: str, nbytes: int, size: int, shared_limit: int | None = None, *, few: bool = False
 ) -> tuple[Config, ...]:
     """The configurations, best first, that fit `shared_limit` bytes of shared memory; empty where none does.
 
-    `arch` is the compute capability as 80, 86, 90, ...; the nearest row at or below it is read.
+    `arch` is the compute capability as 80, 86, 90, ...; the nearest row at or below it is read. `few` reads what the
+    table has for programs that would not fill a device, where it has a row for them.
     """
-    row = Row(
-        arch=_row_arch(arch),
-        launch=launch,
-        family=KINDS[kind],
-        nbytes=nbytes,
-        size=next((c for c in CLASSES if size <= c), CLASSES[-1]),
-    )
+    size = next((c for c in CLASSES if size <= c), CLASSES[-1])
+    row = Row(_row_arch(arch), launch, KINDS[kind], nbytes, size, few=few)
+    if row not in TABLE:
+        row = dataclasses.replace(row, few=False)
     return tuple(c for c in TABLE.get(row, ()) if shared_limit is None or c.shared <= shared_limit)
 
 

@@ -82,13 +82,14 @@ class Scans:
 def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, limit: float | None = None,
                segments: int | None = None, runup: bool | None = None, wide: Config | None = None,
                tall: Config | None = None, walk: Config | None = None, forward: bool = False, need_dg: bool = False,
-               before: bool = False) -> Scans | None:  # fmt: skip
+               before: bool = False, few: bool | None = None) -> Scans | None:  # fmt: skip
     """None where there is no configuration for these operands; `heads` of the output, those of q if None.
 
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient;
     `before`, a gate a key whose state is read before the update. `wide`, which then is dv's too, `tall` and `walk` are
-    asked for in place of the table's, `tall` alone without a `walk`; `segments` and `runup` in place of the rule's
-    choice; segments asked for alone have no run-up. Raises ValueError for a run-up under a gate a key.
+    asked for in place of the table's, `tall` alone without a `walk`; `segments`, `runup` and `few`, the table's tiles
+    for few programs, in place of the rule's choice; segments asked for alone have no run-up. Raises ValueError for a
+    run-up under a gate a key.
     """
     if runup and kind == "vector":
         raise ValueError(f"a gate a key has no run-up, got runup={runup} and kind={kind!r}")
@@ -97,14 +98,15 @@ def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, lim
     launches += ["dv"] * (kind == "scalar" and wide is None and need_dg and not forward)
     B, T, H, K = q.shape
     sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall, walk)
-    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, segments, runup, given, tuple(launches), before)
+    asked = segments, runup, given, tuple(launches)
+    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, *asked, before, few)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device, kind: str, products: str,
     limit: float | None, segments: int | None, runup: bool | None, given: tuple[Config | None, ...],
-    launches: tuple[str, ...], before: bool,
+    launches: tuple[str, ...], before: bool, few: bool | None,
 ) -> Scans | None:  # fmt: skip
     arch, shared = device_arch(device), shared_limit(device)
     if before and shared is not None:
@@ -112,9 +114,18 @@ def _plan(
     found: dict[str, Config] = {}
     for launch in launches:
         asked = None if launch == "dv" else given[launch != "wide"]
-        rows = (asked,) if asked else configs_for(
-            arch, launch, kind, dtype.itemsize, V if launch in ("tall", "grads") else K, shared
-        )  # fmt: skip
+        size, columns = (V, K) if launch in ("tall", "grads") else (K, V)
+        row = arch, launch, kind, dtype.itemsize, size, shared
+        rows = (asked,) if asked else configs_for(*row)
+        if rows and not asked:
+            programs = B * H * triton.cdiv(columns, rows[0].block_v)
+            if kind == "vector" and launch in ("chunks", "tall"):
+                programs *= triton.cdiv(T, rows[0].chunk)
+            # twice as many, of half the columns, would still have a multiprocessor each
+            if 2 * programs <= multiprocessors(device) if few is None else few:
+                rows = configs_for(*row, few=True)
+        if kind != "vector":  # a pass holds all rows of a state
+            rows = tuple(config for config in rows if size <= config.block_k)
         if rows:
             found[launch] = rows[0]
         elif launch != "dv" and (launch not in ("wide", "chunks") or kind != "vector"):
@@ -179,8 +190,13 @@ def _cutting(plan: Scans, device: torch.device) -> dict[str, int]:
             blocks = min(blocks, triton.cdiv(K, plan.walk.block_v))
     else:
         blocks = triton.cdiv(K, states.block_k) * triton.cdiv(V, states.block_v)
-    room, shortest = RESIDENT * multiprocessors(device), max(chunk, SHORTEST[chunk > 32])
-    return dict(programs=plan.H * blocks, chunk=chunk, room=room, resident=RESIDENT, shortest=shortest)
+    shortest = max(chunk, SHORTEST[chunk > 32])
+    if states is not None and not plan.held:
+        shortest = 2 * chunk  # states and a chain for chunks that all run at once gain less
+    # so large a tile has a multiprocessor to itself
+    resident = 1 if states is None and plan.wide.block_k > 128 and plan.wide.num_warps > 4 else RESIDENT
+    room = resident * multiprocessors(device)
+    return dict(programs=plan.H * blocks, chunk=chunk, room=room, resident=resident, shortest=shortest)
 
 
 def pack_scans(plan: Scans, bounds: list[tuple[int, int]], device: torch.device, longest: int | None = None) -> Packing:

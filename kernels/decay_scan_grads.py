@@ -131,6 +131,14 @@ def decay_grad(b_u, b_w, b_f, o_c, dtype: tl.constexpr, BEFORE: tl.constexpr, PR
 
 
 @triton.jit
+def add_exactly(b_sum, b_off, b_x):
+    """The sum with x, and what it is off by, which the next one takes back (Kahan)."""
+    b_x -= b_off
+    b_new = b_sum + b_x
+    return b_new, (b_new - b_sum) - b_x
+
+
+@triton.jit
 def exact_chunk(
     p_q, p_k, p_g, p_h, p_f, p_dq, p_dk, p_dg, i_row, b_do, b_do2, b_v, b_v2, b_p, b_own, b_r, b_r2, o_c, o_k, m_k, m_f,
     n_j, p_bonus, scale,
@@ -174,7 +182,7 @@ def exact_chunk(
         b_r2 = tl.dot(b_qt, b_do2, b_r2 * b_all, input_precision=PRECISION)
     else:
         b_r2 = b_r
-    return b_r, b_r2, tl.sum(b_own[:, None] * b_q * b_k, 0)
+    return b_r, b_r2, tl.sum(b_own[:, None] * (b_q * b_k), 0)
 
 
 @triton.jit(do_not_specialize=["T", "L", "n_s", "limit"])
@@ -216,6 +224,7 @@ def chunk_scan_grads_kernel(
     b_last = tl.full((BK,), 1.0, tl.float32)
     b_least = tl.full((BK,), 1.0, tl.float32)
     b_du = tl.zeros((BK,), tl.float32)
+    b_off = tl.zeros((BK,), tl.float32)
     for i_n in tl.range(n_c, disable_licm=True):
         i_c, t_0, i_row = chunk_at(i_n, n_c, t_a, i_seq, H, C, True)
         m_c = t_0 + o_c < t_e
@@ -307,7 +316,7 @@ def chunk_scan_grads_kernel(
             b_y = add_own(b_dq, b_own, b_k, p_bonus, o_k, K, BEFORE, True) * scale
             store_turned(p_dq + i_row * K, b_y, o_c * H, o_k, m_t, K)
             if p_du is not None:
-                b_du += tl.sum(b_own[None, :] * b_q * b_k, 1)
+                b_du, b_off = add_exactly(b_du, b_off, tl.sum(b_own[None, :] * (b_q * b_k), 1))
             if p_dg is not None:
                 b_dg = decay_grad(b_k * b_dk, b_q * b_dq, b_k * b_dx, o_c, dtype, BEFORE, PRECISION)
                 store_turned(p_dg + i_row * K, (b_dg + (b_x * b_half)[:, None]) * scale, o_c * H, o_k, m_t, K)

@@ -50,20 +50,50 @@ MOST_STEPS = 2**31
 
 
 @triton.jit
-def decayed(b_s, p_gt, p_gv, i_u, o_s, m_s, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr):
-    """Numbers o_s of a state after the decay of segment i_u, and, with p_gv, after that of its columns."""
+def load_segment(
+    p_u, p_gt, p_gv, i_u, is_one, o_s, m_s, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr
+):  # fmt: skip
+    """What segment i_u adds to numbers o_s of a state, and half of its decay, of columns too with p_gv, as a factor to
+    take twice: a state is not lost to one beyond float32, and one of zero stays zero. If it is none, 0 and 1."""
+    b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s & is_one, other=0.0)
     if DECAY == 0:
-        return b_s
+        return b_u, 1.0
     else:
         if DECAY == 3:
-            b_g = tl.load(p_gt + i_u * K + o_s // V, mask=m_s, other=0.0)
+            b_g = tl.load(p_gt + i_u * K + o_s // V, mask=m_s & is_one, other=0.0)
             if p_gv is not None:
-                b_g += tl.load(p_gv + i_u * V + o_s % V, mask=m_s, other=0.0)
+                b_g += tl.load(p_gv + i_u * V + o_s % V, mask=m_s & is_one, other=0.0)
         else:
-            b_g = tl.load(p_gt + i_u) * LOG2_E
-        # in halves: a state is not lost to a factor beyond float32, and one of zero stays zero
-        b_f = tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
-        return b_s * b_f * b_f
+            b_g = tl.load(p_gt + i_u, mask=is_one, other=0.0) * LOG2_E
+        return b_u, tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
+
+
+@triton.jit
+def chain_states(
+    p_u, p_gt, p_gv, b_s, i_first, i_step, n_u, o_s, m_s,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
+    """The state after n_u segments, numbered i_first and on by i_step; each gets that before it, AFTER it if so, in
+    the place of what it adds. Four are read at once, since a segment's numbers take longer to come than to use."""
+    for i_n in range(0, n_u, 4):
+        i_0 = i_first + i_n * i_step
+        i_1, i_2, i_3 = i_0 + i_step, i_0 + 2 * i_step, i_0 + 3 * i_step
+        m_1, m_2, m_3 = i_n + 1 < n_u, i_n + 2 < n_u, i_n + 3 < n_u
+        b_u0, b_f0 = load_segment(p_u, p_gt, p_gv, i_0, True, o_s, m_s, K, V, DECAY)
+        b_u1, b_f1 = load_segment(p_u, p_gt, p_gv, i_1, m_1, o_s, m_s, K, V, DECAY)
+        b_u2, b_f2 = load_segment(p_u, p_gt, p_gv, i_2, m_2, o_s, m_s, K, V, DECAY)
+        b_u3, b_f3 = load_segment(p_u, p_gt, p_gv, i_3, m_3, o_s, m_s, K, V, DECAY)
+        b_1 = b_s * b_f0 * b_f0 + b_u0
+        b_2 = b_1 * b_f1 * b_f1 + b_u1
+        b_3 = b_2 * b_f2 * b_f2 + b_u2
+        b_4 = b_3 * b_f3 * b_f3 + b_u3
+        p_s = p_u + o_s
+        tl.store(p_s + i_0 * (K * V), b_1 if AFTER else b_s, mask=m_s)
+        tl.store(p_s + i_1 * (K * V), b_2 if AFTER else b_1, mask=m_s & m_1)
+        tl.store(p_s + i_2 * (K * V), b_3 if AFTER else b_2, mask=m_s & m_2)
+        tl.store(p_s + i_3 * (K * V), b_4 if AFTER else b_3, mask=m_s & m_3)
+        b_s = b_4
+    return b_s
 
 
 @triton.jit(do_not_specialize=["H", "n_s"])
@@ -85,14 +115,10 @@ def chain_segments_kernel(
     b_s = tl.zeros((BLOCK,), tl.float32)
     if HAS_S0:
         b_s += tl.load(p_s0 + i_bh.to(tl.int64) * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
-    for i_n in range(n_s):
-        i_s = i_n
-        if REVERSE:
-            i_s = n_s - 1 - i_n
-        i_u = ((i_b * n_s + i_s) * H + i_h).to(tl.int64)
-        b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
-        tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
-        b_s = decayed(b_s, p_gt, p_gv, i_u, o_s, m_s, K, V, DECAY) + b_u
+    i_first, i_step = (i_b * n_s).to(tl.int64) * H + i_h, H
+    if REVERSE:
+        i_first, i_step = i_first + (n_s - 1) * H, -H
+    b_s = chain_states(p_u, p_gt, p_gv, b_s, i_first, i_step, n_s, o_s, m_s, K, V, DECAY, False)
     if FINAL:
         tl.store(p_st + i_bh.to(tl.int64) * (K * V) + o_s, b_s * s_st, mask=m_s)
 
@@ -118,14 +144,10 @@ def chain_joints_kernel(
     if HAS_S0:
         i_s = tl.load(p_row + 2).to(tl.int64) * H + i_h
         b_s += tl.load(p_s0 + i_s * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
-    for i_n in range(n_u):
-        i_j = i_first + i_n
-        if REVERSE:
-            i_j = i_first + n_u - 1 - i_n
-        i_u = i_j.to(tl.int64) * H + i_h
-        b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s, other=0.0)
-        b_s = decayed(b_s, p_gt, p_gv, i_u, o_s, m_s, K, V, DECAY) + b_u
-        tl.store(p_u + i_u * (K * V) + o_s, b_s, mask=m_s)
+    i_first, i_step = i_first.to(tl.int64) * H + i_h, H
+    if REVERSE:
+        i_first, i_step = i_first + (n_u - 1) * H, -H
+    chain_states(p_u, p_gt, p_gv, b_s, i_first, i_step, n_u, o_s, m_s, K, V, DECAY, True)
 
 
 @triton.jit

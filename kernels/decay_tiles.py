@@ -86,16 +86,22 @@ def store_state(p_s, i_s, b_s, o_x, o_w, m_s, X: tl.constexpr, W: tl.constexpr):
 
 
 @triton.constexpr_function
+def product_warps(BX):
+    """Warps that have rows of their own in a product of BX: programs have four, or eight for more than 128 rows."""
+    return min(8 if BX > 128 else 4, BX // 16)
+
+
+@triton.constexpr_function
 def product_threads(BX):
-    """Threads of the warps, up to four, that have the rows of a product."""
-    return min(128, 2 * BX)
+    """Threads of these warps."""
+    return 32 * product_warps(BX)
 
 
 @triton.jit
 def by_thread(b_x, BX: tl.constexpr, BW: tl.constexpr):
-    """The numbers of a tile with those side by side that a thread has of a product of up to four warps, 8 of one
+    """The numbers of a tile with those side by side that a thread has of a product of `product_warps`, 8 of one
     thread, 8 of the next, and so on: so a tile is written and read without an exchange between threads."""
-    WARPS: tl.constexpr = min(4, BX // 16)
+    WARPS: tl.constexpr = product_warps(BX)
     R: tl.constexpr = BX // (16 * WARPS)
     J: tl.constexpr = max(1, 2 // R)
     b_x = tl.reshape(b_x, (R, WARPS, 2, 8, BW // (8 * J), J, 4, 2))
@@ -105,7 +111,7 @@ def by_thread(b_x, BX: tl.constexpr, BW: tl.constexpr):
 @triton.jit
 def by_thread_at(o_x, o_w, BX: tl.constexpr, BW: tl.constexpr):
     """Where `by_thread` puts rows x and columns w."""
-    WARPS: tl.constexpr = min(4, BX // 16)
+    WARPS: tl.constexpr = product_warps(BX)
     R: tl.constexpr = BX // (16 * WARPS)
     J: tl.constexpr = max(1, 2 // R)
     o_r = ((o_x // 16 % WARPS * 8 + o_x % 8) * 4 * R + o_x // (16 * WARPS)) * (4 * J) + o_x // 8 % 2 * 2
@@ -123,7 +129,7 @@ def store_product(p_s, i_s, b_s, BX: tl.constexpr, BW: tl.constexpr):
 @triton.jit
 def load_product(p_s, i_s, BX: tl.constexpr, BW: tl.constexpr):
     """What `store_product` wrote."""
-    WARPS: tl.constexpr = min(4, BX // 16)
+    WARPS: tl.constexpr = product_warps(BX)
     R: tl.constexpr = BX // (16 * WARPS)
     J: tl.constexpr = max(1, 2 // R)
     b_s = tl.load(p_s + i_s * (BX * BW) + tl.arange(0, BX * BW))

@@ -40,7 +40,7 @@ def packed_forward(
     if not fits_table(q):
         return None
     with torch.cuda.device_of(q):
-        scans = scans or plan_scans(q, v, kind, heads=heads)
+        scans = scans or plan_scans(q, v, kind, heads=heads, few=False)
         if scans is None:
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
@@ -71,7 +71,7 @@ def packed_backward(
     if not fits_table(q) or scale == 0:
         return None
     with torch.cuda.device_of(q):
-        scans = scans or plan_scans(q, v, kind, heads=heads, need_dg=need_dg)
+        scans = scans or plan_scans(q, v, kind, heads=heads, need_dg=need_dg, few=False)
         if scans is None:
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)

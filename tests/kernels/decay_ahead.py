@@ -45,6 +45,10 @@ def kinds_of(row):
     return [kind for kind, family in KINDS.items() if family == row.family and kind not in absent]
 
 
+def name_of(row):
+    return row.launch + "-few" * row.few
+
+
 def kernels_of(row, kind, values=None):
     """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
     if row.launch not in ("split", "outputs"):

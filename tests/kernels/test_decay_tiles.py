@@ -15,11 +15,12 @@ from fla_compile.kernels.decay_tiles import (  # noqa: E402
     by_thread_at,
     load_product,
     product_threads,
+    product_warps,
     store_product,
     thread_sums,
 )
 
-TILES = (16, 16), (32, 16), (64, 32), (64, 64), (128, 64)
+TILES = (16, 16), (32, 16), (64, 32), (64, 64), (128, 64), (256, 64)
 
 
 @triton.jit
@@ -34,9 +35,9 @@ def tile_kernel(p_x, p_s, p_y, p_at, p_sums, BX: tl.constexpr, BW: tl.constexpr,
     tl.store(p_sums + tl.arange(0, N), thread_sums(b_x, BX, BW, N))
 
 
-def owner(row, column):
-    """The thread, of four warps, that the hardware gives this number of a product of 64 rows at a time."""
-    return row // 16 % 4 * 32 + row % 8 * 4 + column % 8 // 2
+def owner(row, column, warps):
+    """The thread, of four warps or eight, that the hardware gives this number of a product, 16 rows a warp."""
+    return row // 16 % max(4, warps) * 32 + row % 8 * 4 + column % 8 // 2
 
 
 def interpret() -> None:
@@ -50,7 +51,7 @@ def interpret() -> None:
         assert torch.equal(at.flatten().sort().values, torch.arange(BX * BW, dtype=torch.int32))
         assert torch.equal(s[1][at.long()], x)
         row, column = torch.meshgrid(torch.arange(BX), torch.arange(BW), indexing="ij")
-        thread = owner(row, column)
+        thread = owner(row, column, product_warps(BX))
         assert torch.equal(at // 8 % threads, thread), "eight side by side are of one thread, then come the next one's"
         torch.testing.assert_close(sums, torch.zeros(threads).index_add_(0, thread.flatten(), x.flatten()))
         print("ok", BX, BW)

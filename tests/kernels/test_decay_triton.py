@@ -12,7 +12,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton has no build for this system")
 
 from budget import check_budget  # noqa: E402
-from decay_ahead import compile_kernel, kernels_of, kinds_of, most_stack  # noqa: E402
+from decay_ahead import compile_kernel, kernels_of, kinds_of, most_stack, name_of  # noqa: E402
 from decay_cases import FAMILIES, NAMES, Case, make_inputs, naive_results  # noqa: E402
 from interpreted import interpreted  # noqa: E402
 from machine_code import DEVICE_SHARED, check_memory  # noqa: E402
@@ -173,12 +173,19 @@ def interpret() -> None:
             assert torch.equal(alone[name], shared[name]), f"{case} {name} differs where programs share chunks"
         check_results(case, x, shared, torch.float16)
         print("ok fused", case)
-    tiles = (32, 128, 16, 72, "alternating"), (64, 128, 16, 72, "peak"), (64, 64, 64, 40, "alternating")
+    tiles = [(32, 128, 16, 72, "alternating"), (64, 128, 16, 72, "peak"), (64, 64, 64, 40, "alternating")]
+    tiles.append((64, 256, 16, 136, "peak"))
     for chunk, rows, columns, V, decay in tiles:
         case = Case("simple_gla", 40, decay, B=1, H=1, K=20, V=V)
         x = make_inputs(case, torch.float32)
         scans = scans_of(case, x, Config(chunk, rows, columns, 4, 1, 0), segments=2)
         check_results(case, x, run_kernels(x, scans=scans), torch.float32)
+        print("ok fused", case)
+    for family in FAMILIES[:3]:  # more than 128 keys and values
+        case = Case(family, 70, "strong", B=1, H=1, K=136, V=144)
+        x = make_inputs(case, torch.float16)
+        scans = scans_of(case, x, Config(32, 256, 128, 4, 1, 0), segments=2)
+        check_results(case, x, run_kernels(x, scans=scans), torch.float16)
         print("ok fused", case)
     for family in FAMILIES[1:3]:  # a decay's gradient from block to block, and where nothing of the states is left
         for decay in ("zero", "very_strong", "resets"):
@@ -199,7 +206,7 @@ def interpret() -> None:
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9 * len(FAMILIES) + 50
+    assert interpreted(__file__) == 9 * len(FAMILIES) + 54
 
 
 def test_every_size_has_a_split_row():
@@ -240,7 +247,7 @@ def ahead_of_time():
             for precision in ("ieee", "tf32") if row.nbytes == 4 else ("ieee",):
                 quick = row.size == 128 and kind in ("scalar", "vector") and precision == "ieee"
                 quick &= row.arch == 90 or (row.nbytes == 2 and row.launch == "split")
-                name = f"sm{row.arch}-{row.launch}-{kind}-{8 * row.nbytes}bit-{row.size}-{precision}"
+                name = f"sm{row.arch}-{name_of(row)}-{kind}-{8 * row.nbytes}bit-{row.size}-{precision}"
                 yield pytest.param(row, kind, precision, id=name, marks=[] if quick else pytest.mark.slow)
 
 
@@ -277,34 +284,32 @@ def on_gpu(x):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", SHAPES, ids=str)
-def test_gpu(family, dtype, record_property):
+@pytest.mark.parametrize(("dtype", "K", "V"), [(dtype, *sizes) for dtype in SHAPES for sizes in SHAPES[dtype]], ids=str)
+def test_gpu(family, dtype, K, V, record_property):
     arch = decay_triton_common.device_arch(torch.device("cuda"))
+    shared = decay_triton_common.shared_limit(torch.device("cuda"))
+    configs = configs_for(arch, "split", KIND[family], dtype.itemsize, max(K, V), shared)
     worst = {}
-    for K, V in SHAPES[dtype]:
-        shared = decay_triton_common.shared_limit(torch.device("cuda"))
-        configs = configs_for(arch, "split", KIND[family], dtype.itemsize, max(K, V), shared)
-        for case in gpu_cases(family, K, V, dtype):
-            x = on_gpu(make_inputs(case, dtype))
-            truth = naive_results(case, x, torch.float64)
-            eager = (naive_results if dtype == torch.float32 else narrow_results)(case, x, dtype)
-            launches = {f"split {c}": dict(config=c) for c in configs}
-            for segments in (1, 2) if case.T > 64 else (1,):
-                scans = scans_of(case, x, segments=segments, need_dg=segments == 1)
-                if scans is not None:
-                    launches[f"fused {scans.wide} {scans.tall}"] = dict(scans=scans)
-            fused = dtype != torch.float32 and (max(K, V) <= 128 or KIND[family] == "vector")
-            assert (len(launches) > len(configs)) == fused, "the fused launch is for two bytes, and passes for 128 rows"
-            for launch, how in launches.items():
-                got, again = run_kernels(x, **how), run_kernels(x, **how)
-                for name in got:
-                    assert torch.equal(got[name], again[name]), f"{case} {name} differs from run to run"
-                errors = check_results(case, x, got, dtype, truth, eager)
-                for name, error in errors.items():
-                    key = family, str(dtype)[6:], K, V, launch, name
-                    worst[key] = max(worst.get(key, 0.0), error)
+    for case in gpu_cases(family, K, V, dtype):
+        x = on_gpu(make_inputs(case, dtype))
+        truth = naive_results(case, x, torch.float64)
+        eager = (naive_results if dtype == torch.float32 else narrow_results)(case, x, dtype)
+        launches = {f"split {c}": dict(config=c) for c in configs}
+        for segments, few in [(1, False), (1, True), (2, False), (2, True)] if case.T > 64 else [(1, False)]:
+            scans = scans_of(case, x, segments=segments, need_dg=segments == 1, few=few)
+            if scans is not None:
+                launches[f"fused {segments} {scans.wide} {scans.tall}"] = dict(scans=scans)
+        held = 256 if arch == 90 else 128
+        fused = dtype != torch.float32 and (max(K, V) <= held or KIND[family] == "vector")
+        assert (len(launches) > len(configs)) == fused, "the fused launch is for two bytes, and passes for some rows"
+        for launch, how in launches.items():
+            got, again = run_kernels(x, **how), run_kernels(x, **how)
+            for name in got:
+                assert torch.equal(got[name], again[name]), f"{case} {name} differs from run to run"
+            for name, error in check_results(case, x, got, dtype, truth, eager).items():
+                worst[launch, name] = max(worst.get((launch, name), 0.0), error)
     for key, error in worst.items():
-        line = " ".join(map(str, key))
+        line = " ".join((family, str(dtype)[6:], f"{K} {V}", *key))
         print(f"{error:.1e}  {line}")
         record_property(line, error)
 
@@ -338,7 +343,7 @@ def test_gpu_growing(family, size):
         case = Case(family, 130, decay, B=1, H=2, K=size, V=size)
         x = on_gpu(make_inputs(case, dtype))
         truth, eager = naive_results(case, x, torch.float64)["dg"], narrow_results(case, x, dtype)["dg"]
-        got = run_kernels(x)["dg"]
+        got = run_kernels(x, scans=scans_of(case, x, need_dg=True, few=False))["dg"]
         check_where_finite(str(case), got, truth, eager.to(got.dtype), floor=4 * CAP[dtype], every_row=True)
 
 

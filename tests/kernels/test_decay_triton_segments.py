@@ -69,10 +69,21 @@ def chained() -> None:
     want = 1e-30 * torch.tensor(100.0, dtype=torch.float64).exp()
     assert ((st.double() - want).abs() < 1e-5 * want).all()
     print("ok chained")
+    for segments, reverse in ((1, False), (4, True), (6, False), (7, True)):  # four are read at once
+        u, gt = torch.randn(2, segments, 3, 4, 2), -torch.rand(2, segments, 3)
+        state, want = torch.zeros(2, 3, 4, 2), torch.empty_like(u)
+        for i in sorted(range(segments), reverse=reverse):
+            want[:, i] = state
+            state = state * gt[:, i].exp()[..., None, None] + u[:, i]
+        last = torch.empty_like(state)
+        decay_segments.chain_segments(u, gt, None, last, 1, reverse=reverse, s_in=1.0, s_st=1.0)
+        torch.testing.assert_close(u, want)
+        torch.testing.assert_close(last, state)
+    print("ok chained in fours")
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 8
+    assert interpreted(__file__) == 9
 
 
 def test_rule():
