@@ -12,8 +12,9 @@ values at a time. Where there are a `kept` and a `walk`, and a pass for the outp
 the first leaves states of all values, from which the second makes the other gradients, block_v keys and twice block_k
 values a program. Head size classes bound the larger of K and V, or the rows of the state, or for the last three the
 values.
-Where there are no rows for a pass (states of more than 128 rows would not fit in registers), the split launch runs, but
-not under a gate a key.
+Rows of `few` are read where programs would fill no more than half of a device; an empty one says that there is no pass
+then. Where there are no rows for a pass (sm_80 has them for states of up to 128 rows, sm_90 of up to 256), the split
+launch runs, but not under a gate a key.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.
 """

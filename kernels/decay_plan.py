@@ -115,15 +115,14 @@ def _plan(
     for launch in launches:
         asked = None if launch == "dv" else given[launch != "wide"]
         size, columns = (V, K) if launch in ("tall", "grads") else (K, V)
-        row = arch, launch, kind, dtype.itemsize, size, shared
-        rows = (asked,) if asked else configs_for(*row)
-        if rows and not asked:
-            programs = B * H * triton.cdiv(columns, rows[0].block_v)
-            if kind == "vector" and launch in ("chunks", "tall"):
-                programs *= triton.cdiv(T, rows[0].chunk)
+        which = arch, launch, kind, dtype.itemsize, size, shared
+        rows = (asked,) if asked else configs_for(*which)
+        if rows and not asked and not (before and launch == "tall"):  # such a tile has not run on a GPU with `before`
+            side_by_side = triton.cdiv(T, rows[0].chunk) if kind == "vector" and launch in ("chunks", "tall") else 1
+            programs = B * H * triton.cdiv(columns, rows[0].block_v) * side_by_side
             # twice as many, of half the columns, would still have a multiprocessor each
             if 2 * programs <= multiprocessors(device) if few is None else few:
-                rows = configs_for(*row, few=True)
+                rows = configs_for(*which, few=True)
         if kind != "vector":  # a pass holds all rows of a state
             rows = tuple(config for config in rows if size <= config.block_k)
         if rows:

@@ -33,3 +33,45 @@ def test_value_grads():
         scans = plan_scans(q, v, "constant", need_dg=True)
         assert scans.dv is scans.wide
     assert not configs_for(90, "dv", "scalar", 2, 64) and not configs_for(80, "dv", "scalar", 2, 128)
+
+
+def planned(B, T, H, K, V, kind, **how):
+    q, v = (torch.empty(B, T, H, size, dtype=torch.bfloat16, device="meta") for size in (K, V))
+    return plan_scans(q, v, kind, **how)
+
+
+@pytest.mark.parametrize("kind", ["none", "constant", "scalar"])
+def test_tiles_for_few_programs(kind):
+    """Heads of more than 128 have half the columns where these too would have a multiprocessor each."""
+    for B, H, columns in ((1, 4, 64), (2, 16, 64), (1, 34, 128), (8, 32, 128)):
+        scans = planned(B, 2048, H, 256, 200, kind)
+        assert (scans.wide.block_v, scans.tall.block_v) == (columns, columns)
+        assert planned(B, 2048, H, 256, 200, kind, few=False).wide.block_v == 128
+    assert planned(1, 2048, 4, 256, 512, kind) is None, "no pass holds 512 rows"
+    assert planned(1, 2048, 4, 256, 512, kind, forward=True) is not None
+
+
+def test_grads_of_few_programs_are_not_passes():
+    """Few heads of more than 128 leave one decay's gradient to the split launch, but packed, which that cannot do."""
+    for kind in ("constant", "scalar"):
+        assert planned(1, 2048, 4, 256, 256, kind, need_dg=True) is None
+        assert planned(8, 2048, 32, 256, 256, kind, need_dg=True).tall.chunk == 64
+        assert planned(1, 2048, 4, 256, 256, kind, need_dg=True, few=False).tall.chunk == 64
+
+
+def test_chunks_of_few_programs():
+    """Under a gate a key chunks run side by side: there are more of them in more steps."""
+    few = planned(1, 256, 4, 256, 256, "vector")
+    many = planned(1, 2048, 4, 256, 256, "vector")
+    assert (few.chunks.block_v, few.tall.block_v, few.segments) == (64, 32, 1)
+    assert (many.chunks.block_v, many.tall.block_v) == (128, 64) and many.segments > 3
+    assert planned(1, 512, 4, 256, 256, "vector").length == 128
+    before = planned(1, 256, 4, 256, 256, "vector", before=True)
+    assert (before.chunks.block_v, before.tall.block_v) == (64, 64)
+
+
+def test_one_large_tile_a_multiprocessor():
+    """Programs of eight warps over 256 rows are not counted two a multiprocessor: half as many segments fill it."""
+    large, small = (planned(1, 65_536, 4, size, size, "none", few=False) for size in (256, 128))
+    assert (large.wide.num_warps, small.wide.num_warps) == (8, 4)
+    assert large.segments == 132 // 8 and small.segments == 2 * 132 // 8
