@@ -1,8 +1,7 @@
 """Launch configurations of the decayed outer product: one small table, no autotuning.
 
 A row is keyed by architecture, launch, family of decays, bytes per operand and head size class. Families: `row` (no
-decay, or one a head or row) and `key` (one a key). Launches: `split`, in its place where there is one `outputs` for the
-forward alone, which has registers for longer chunks and so fewer states, and the two shapes of pass of the fused one,
+decay, or one a head or row) and `key` (one a key). Launches: `split`, and the two shapes of pass of the fused one,
 whose programs hold a state of all rows of the class and block_v columns: `wide` with K rows (the output and dv, which
 under one decay a row is `dv` where there is one and the decay's gradient is left) and `tall` with V rows (dq and dk),
 which are `grads` where they leave a decay's gradient too. In family `key` backward has no passes but dv's where its
@@ -11,10 +10,10 @@ makes dv and the output of heads that no pass holds, and `tall` dq, dk and the d
 values at a time. Where there are a `kept` and a `walk`, and a pass for the output, dv is a pass whatever its chunks;
 the first leaves states of all values, from which the second makes the other gradients, block_v keys and twice block_k
 values a program. Head size classes bound the larger of K and V, or the rows of the state, or for the last three the
-values.
-Rows of `few` are read where programs would fill no more than half of a device; an empty one says that there is no pass
-then. Where there are no rows for a pass (sm_80 has them for states of up to 128 rows, sm_90 of up to 256), the split
-launch runs, but not under a gate a key.
+values. Rows of `few` have narrower tiles, for where programs of these still have a multiprocessor each, or no column is
+left over; an empty one says that there is no pass where programs would fill no more than half of a device. Where there
+are no rows for a pass (sm_80 has them for states of up to 128 rows, sm_90 of up to 256), the split launch runs, but not
+under a gate a key.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.
 """
@@ -109,7 +108,6 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     Row(100, "split", "key", 2, 64): (Config(64, 32, 64, 4, 2, 32784, 8),),
     **_split(100, "row", 4, 32, 16, 16, 4, 1, 8192),
     **_split(100, "key", 4, 32, 32, 32, 4, 2, 16896),
-    Row(90, "outputs", "row", 2, 256): (Config(128, 128, 128, 8, 2, 196608),),
     **_passes(80, 64, (32, 64, 8, 2, 17408), (32, 64, 4, 2, 17408), (32, 64, 4, 2, 24576)),
     **_passes(80, 128, (32, 64, 8, 2, 37888), (32, 64, 8, 2, 37888)),
     **_gate(80, 64, "wide", 32, 64, 64, 4, 2, 28672, spare=False),
@@ -142,7 +140,7 @@ TABLE: dict[Row, tuple[Config, ...]] = {
     **_gate(90, 256, "chunks", 64, 64, 128, 4, 2, 83968, 72),
     **_gate(90, 256, "tall", 64, 64, 64, 4, 1, 49152, 104),
     Row(90, "chunks", "key", 2, 256, few=True): (Config(64, 64, 64, 4, 3, 108544, 32),),
-    Row(90, "tall", "key", 2, 256, few=True): (Config(64, 64, 32, 4, 2, 45056),),
+    Row(90, "tall", "key", 2, 256, few=True): (Config(64, 64, 32, 4, 2, 45056, 32),),
 }
 
 
@@ -223,7 +221,7 @@ def configs_for(
     """The configurations, best first, that fit `shared_limit` bytes of shared memory; empty where none does.
 
     `arch` is the compute capability as 80, 86, 90, ...; the nearest row at or below it is read. `few` reads what the
-    table has for programs that would not fill a device, where it has a row for them.
+    table has for few programs, where it has a row for them.
     """
     size = next((c for c in CLASSES if size <= c), CLASSES[-1])
     row = Row(_row_arch(arch), launch, KINDS[kind], nbytes, size, few=few)

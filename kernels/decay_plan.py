@@ -87,9 +87,9 @@ def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, lim
 
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient;
     `before`, a gate a key whose state is read before the update. `wide`, which then is dv's too, `tall` and `walk` are
-    asked for in place of the table's, `tall` alone without a `walk`; `segments`, `runup` and `few`, the table's tiles
-    for few programs, in place of the rule's choice; segments asked for alone have no run-up. Raises ValueError for a
-    run-up under a gate a key.
+    asked for in place of the table's, `tall` alone without a `walk`; `segments`, `runup` and `few`, whether the tiles
+    are the table's for few programs (of gradients with `before` they never are), in place of the rule's choice;
+    segments asked for alone have no run-up. Raises ValueError for a run-up under a gate a key.
     """
     if runup and kind == "vector":
         raise ValueError(f"a gate a key has no run-up, got runup={runup} and kind={kind!r}")
@@ -115,14 +115,14 @@ def _plan(
     for launch in launches:
         asked = None if launch == "dv" else given[launch != "wide"]
         size, columns = (V, K) if launch in ("tall", "grads") else (K, V)
-        which = arch, launch, kind, dtype.itemsize, size, shared
-        rows = (asked,) if asked else configs_for(*which)
-        if rows and not asked and not (before and launch == "tall"):  # such a tile has not run on a GPU with `before`
-            side_by_side = triton.cdiv(T, rows[0].chunk) if kind == "vector" and launch in ("chunks", "tall") else 1
-            programs = B * H * triton.cdiv(columns, rows[0].block_v) * side_by_side
-            # twice as many, of half the columns, would still have a multiprocessor each
-            if 2 * programs <= multiprocessors(device) if few is None else few:
-                rows = configs_for(*which, few=True)
+        if asked:
+            rows: tuple[Config, ...] = (asked,)
+        else:
+            steps = T if kind == "vector" and launch in ("chunks", "tall") else 1
+            # with `before` these tiles of gradients have not run on a GPU
+            choice = False if before and launch == "tall" else few
+            which = arch, launch, kind, dtype.itemsize, size, shared
+            rows = _rows(which, B * H, steps, columns, choice, multiprocessors(device))
         if kind != "vector":  # a pass holds all rows of a state
             rows = tuple(config for config in rows if size <= config.block_k)
         if rows:
@@ -161,6 +161,30 @@ def _plan(
     return dataclasses.replace(plan, segments=segments, runup=bool(runup) and segments > 1)
 
 
+def _rows(
+    which: tuple[int, str, str, int, int, int | None],
+    states: int,
+    steps: int,
+    columns: int,
+    few: bool | None,
+    room: int,
+) -> tuple[Config, ...]:
+    """The table's rows for so many states and columns of each, whose chunks of so many steps run side by side: those
+    for few programs where these still have a multiprocessor each, or leave no column over, unless `few` says which."""
+
+    def programs(config: Config) -> int:
+        return states * triton.cdiv(steps, config.chunk) * triton.cdiv(columns, config.block_v)
+
+    rows, narrow = configs_for(*which), configs_for(*which, few=True)
+    if narrow == rows:
+        return rows
+    if few is None and narrow:
+        few = columns <= narrow[0].block_v or programs(narrow[0]) <= room
+    elif few is None:
+        few = 2 * programs(rows[0]) <= room
+    return narrow if few else rows
+
+
 def _walk(
     arch: int, kind: str, dtype: torch.dtype, V: int, shared: int | None, given: tuple[Config | None, ...]
 ) -> tuple[Config | None, Config | None]:
@@ -191,9 +215,10 @@ def _cutting(plan: Scans, device: torch.device) -> dict[str, int]:
         blocks = triton.cdiv(K, states.block_k) * triton.cdiv(V, states.block_v)
     shortest = max(chunk, SHORTEST[chunk > 32])
     if states is not None and not plan.held:
-        shortest = 2 * chunk  # states and a chain for chunks that all run at once gain less
+        shortest = max(shortest, 2 * chunk)  # states and a chain for chunks that all run at once gain less
     # so large a tile has a multiprocessor to itself
-    resident = 1 if states is None and plan.wide.block_k > 128 and plan.wide.num_warps > 4 else RESIDENT
+    large = (config.block_k > 128 and config.num_warps > 4 for config in (plan.wide, plan.dv, plan.tall))
+    resident = 1 if states is None and any(large) else RESIDENT
     room = resident * multiprocessors(device)
     return dict(programs=plan.H * blocks, chunk=chunk, room=room, resident=resident, shortest=shortest)
 

@@ -131,8 +131,8 @@ def decay_grad(b_u, b_w, b_f, o_c, dtype: tl.constexpr, BEFORE: tl.constexpr, PR
 
 
 @triton.jit
-def add_exactly(b_sum, b_off, b_x):
-    """The sum with x, and what it is off by, which the next one takes back (Kahan)."""
+def add_compensated(b_sum, b_off, b_x):
+    """The sum with x, and what it is off by, which the next one takes back (Kahan). What is not finite makes NaN."""
     b_x -= b_off
     b_new = b_sum + b_x
     return b_new, (b_new - b_sum) - b_x
@@ -272,7 +272,7 @@ def chunk_scan_grads_kernel(
                 b_p, b_own, b_r, b_r2, o_c, o_k, m_k, m_f, tl.minimum(t_e - t_0, C), p_bonus, scale,
                 H, K, V, C, BK, BV, PRECISION, RQ, RK, RG, BEFORE,
             )  # fmt: skip
-            b_du += b_y
+            b_du += b_y  # which seldom runs, and has no register left for what the sum is off by
         else:
             b_ph, b_pl = halves(b_p, dtype)
             b_all = b_half * b_last
@@ -316,7 +316,7 @@ def chunk_scan_grads_kernel(
             b_y = add_own(b_dq, b_own, b_k, p_bonus, o_k, K, BEFORE, True) * scale
             store_turned(p_dq + i_row * K, b_y, o_c * H, o_k, m_t, K)
             if p_du is not None:
-                b_du, b_off = add_exactly(b_du, b_off, tl.sum(b_own[None, :] * (b_q * b_k), 1))
+                b_du, b_off = add_compensated(b_du, b_off, tl.sum(b_own[None, :] * (b_q * b_k), 1))
             if p_dg is not None:
                 b_dg = decay_grad(b_k * b_dk, b_q * b_dq, b_k * b_dx, o_c, dtype, BEFORE, PRECISION)
                 store_turned(p_dg + i_row * K, (b_dg + (b_x * b_half)[:, None]) * scale, o_c * H, o_k, m_t, K)

@@ -12,6 +12,7 @@ __all__ = [
     "load_tile",
     "product",
     "product_threads",
+    "product_warps",
     "steps",
     "store_product",
     "store_state",

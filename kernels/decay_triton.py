@@ -123,7 +123,7 @@ def chunk_forward(
             scans = plan_scans(q, v, kind, heads=H, forward=True)
         if scans is not None:
             return scan_forward(scans, q, k, v, g, h0, scale)
-        plan = plan_launch(q, v, kind, config, shared=shares(H, q, k, v, g), forward=True)
+        plan = plan_launch(q, v, kind, config, shared=shares(H, q, k, v, g))
         return _launch_all(plan, q, k, v, g, h0, scale)
 
 

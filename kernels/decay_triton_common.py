@@ -35,8 +35,6 @@ KINDS = {"none": 0, "constant": 1, "scalar": 2, "vector": 3}
 # Warps of sweeps that run side by side on a multiprocessor: with fewer they wait for memory, their state on chip.
 # Under a gate a key a sweep computes more than it waits.
 WARPS = 16
-# Of the multiprocessors, how many the programs of a larger tile must fill.
-NEARLY = 0.9
 # Chunks from which on a sweep is worth the pass that sums up its segments.
 LONG_SWEEP = 64
 
@@ -276,23 +274,15 @@ def pad_block(size: int, largest: int) -> int:
 
 
 def plan_launch(
-    q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None, *, shared: tuple[int, ...] = (1, 1, 1, 1),
-    forward: bool = False,
-) -> SplitPlan:  # fmt: skip
-    """The split launch of checked arguments, with the table's configuration unless one is given; `shared` as in it.
-
-    `forward` plans outputs alone, in larger tiles where these nearly fill the device or time is long.
-    """
+    q: torch.Tensor, v: torch.Tensor, kind: str, config: Config | None, *, shared: tuple[int, ...] = (1, 1, 1, 1)
+) -> SplitPlan:
+    """The split launch of checked arguments, with the table's configuration unless one is given; `shared` as in it."""
     B, T, H, K = q.shape
     H *= shared[0]
     V = v.shape[-1]
     if config is None:
         arch, row = device_arch(q.device), (kind, q.element_size(), max(K, V), shared_limit(q.device))
         configs = configs_for(arch, "split", *row)
-        for found in configs_for(arch, "outputs", *row) if forward else ():
-            programs = B * H * triton.cdiv(K, found.block_k) * triton.cdiv(V, found.block_v)
-            if programs >= NEARLY * multiprocessors(q.device) or T >= LONG_SWEEP * found.chunk:
-                configs = (found, *configs)
         if not configs:
             raise ValueError(f"no configuration for {q.dtype}, K={K}, V={V} fits {q.device}")
         config = configs[0]

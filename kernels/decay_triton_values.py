@@ -132,7 +132,7 @@ def packed_forward(
     if not fits_table(q):
         return None
     with torch.cuda.device_of(q):
-        scans = scans or plan_scans(v, k, kind)
+        scans = scans or plan_scans(v, k, kind, few=False)
         if scans is None:
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)
@@ -162,7 +162,7 @@ def packed_backward(
     if not fits_table(q) or scale == 0:
         return None
     with torch.cuda.device_of(q):
-        scans = scans or plan_scans(v, k, kind)
+        scans = scans or plan_scans(v, k, kind, few=False)
         if scans is None:
             return None
         packing = pack_scans(scans, sequence_bounds(cu_seqlens, q.shape[1]), q.device, longest)

@@ -124,7 +124,7 @@ def _planned(
     B, T, H, _ = q.shape
     if B * H == 0 or not (cu_seqlens is None or fits_table(q)):
         return None, None
-    scans = scans or plan_scans(q, v, "vector", before=True)
+    scans = scans or plan_scans(q, v, "vector", before=True, few=None if cu_seqlens is None else False)
     if scans is None or cu_seqlens is None:
         return scans, None
     return scans, pack_scans(scans, sequence_bounds(cu_seqlens, T), q.device, longest)

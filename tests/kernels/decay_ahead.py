@@ -51,7 +51,7 @@ def name_of(row):
 
 def kernels_of(row, kind, values=None):
     """(kernel, constants) for all that a row launches under this kind of decay, with `values` or as many as keys."""
-    if row.launch not in ("split", "outputs"):
+    if row.launch != "split":
         return [*passes_of(row, kind, values), *sums_of(row, kind)]
     values = values or row.size
     config = TABLE[row][0]
@@ -64,10 +64,6 @@ def kernels_of(row, kind, values=None):
         (common.chunk_state_kernel, dict(tile, HAS_H0=True, STORE_H=True, STORE_HT=True, p_gt=None)),
         (common.chunk_state_kernel, dict(tile, HAS_H0=False, STORE_H=False, STORE_HT=True, p_h0=None, p_h=None)),
         (forward.chunk_output_kernel, tile),
-    ]
-    if row.launch == "outputs":
-        return found
-    found += [
         (backward.chunk_state_grad_kernel, dict(tile, HAS_DHT=True, STORE_DH=True, STORE_DH0=True, p_gt=None)),
         (
             backward.chunk_state_grad_kernel,
@@ -118,7 +114,7 @@ def gates_of(row, values=None, packed=False, bonus=False):
     joints = {} if packed else dict(p_u=None)
     if row.launch == "tall":
         tile = dict(H=4, K=row.size, V=values or row.size, C=config.chunk, BK=config.block_v, BV=config.block_k)
-        tile |= dict(EVEN=not packed) | table
+        tile |= dict(EVEN=not (packed or row.few)) | table  # packed has no few
         tile |= dict(p_du=None) if not bonus else {}
         alone = dict.fromkeys(("p_q", "p_d", "p_dk", "p_dg"))
         for exact in (False, True):

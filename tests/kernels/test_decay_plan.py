@@ -42,21 +42,26 @@ def planned(B, T, H, K, V, kind, **how):
 
 @pytest.mark.parametrize("kind", ["none", "constant", "scalar"])
 def test_tiles_for_few_programs(kind):
-    """Heads of more than 128 have half the columns where these too would have a multiprocessor each."""
-    for B, H, columns in ((1, 4, 64), (2, 16, 64), (1, 34, 128), (8, 32, 128)):
-        scans = planned(B, 2048, H, 256, 200, kind)
+    """Heads of more than 128 have half the columns where these have a multiprocessor each, or where that is all."""
+    for B, H, columns in ((1, 4, 64), (2, 16, 64), (1, 33, 64), (1, 34, 128), (8, 32, 128)):
+        scans = planned(B, 2048, H, 256, 256, kind)
         assert (scans.wide.block_v, scans.tall.block_v) == (columns, columns)
-        assert planned(B, 2048, H, 256, 200, kind, few=False).wide.block_v == 128
+        assert planned(B, 2048, H, 256, 256, kind, few=False).wide.block_v == 128
+    scans = planned(8, 2048, 32, 256, 64, kind)
+    assert (scans.wide.block_v, scans.tall.block_k) == (64, 64)
     assert planned(1, 2048, 4, 256, 512, kind) is None, "no pass holds 512 rows"
     assert planned(1, 2048, 4, 256, 512, kind, forward=True) is not None
 
 
-def test_grads_of_few_programs_are_not_passes():
+@pytest.mark.parametrize("kind", ["constant", "scalar"])
+def test_grads_of_few_programs_are_not_passes(kind):
     """Few heads of more than 128 leave one decay's gradient to the split launch, but packed, which that cannot do."""
-    for kind in ("constant", "scalar"):
-        assert planned(1, 2048, 4, 256, 256, kind, need_dg=True) is None
-        assert planned(8, 2048, 32, 256, 256, kind, need_dg=True).tall.chunk == 64
-        assert planned(1, 2048, 4, 256, 256, kind, need_dg=True, few=False).tall.chunk == 64
+    for B, H, columns in ((1, 17, 64), (2, 16, 64), (1, 34, 128), (8, 32, 128)):  # of dv, whose programs are fewer
+        scans = planned(B, 2048, H, 256, 256, kind, need_dg=True)
+        assert (scans.dv.block_v, scans.tall.chunk, scans.tall.block_v) == (columns, 64, 64)
+    for H in (4, 16):
+        assert planned(1, 2048, H, 256, 256, kind, need_dg=True) is None
+        assert planned(1, 2048, H, 256, 256, kind, need_dg=True, few=False).tall.chunk == 64
 
 
 def test_chunks_of_few_programs():
@@ -68,6 +73,7 @@ def test_chunks_of_few_programs():
     assert planned(1, 512, 4, 256, 256, "vector").length == 128
     before = planned(1, 256, 4, 256, 256, "vector", before=True)
     assert (before.chunks.block_v, before.tall.block_v) == (64, 64)
+    assert planned(8, 2048, 32, 256, 64, "vector").chunks.block_v == 64, "there are no more columns"
 
 
 def test_one_large_tile_a_multiprocessor():
@@ -75,3 +81,5 @@ def test_one_large_tile_a_multiprocessor():
     large, small = (planned(1, 65_536, 4, size, size, "none", few=False) for size in (256, 128))
     assert (large.wide.num_warps, small.wide.num_warps) == (8, 4)
     assert large.segments == 132 // 8 and small.segments == 2 * 132 // 8
+    tall = planned(1, 65_536, 4, 128, 256, "none", few=False)
+    assert (tall.wide.num_warps, tall.tall.num_warps, tall.segments) == (4, 8, 132 // 4)

@@ -283,7 +283,7 @@ def test_what_is_gathered():
 def ahead_of_time():
     for row, _ in all_configs():
         for kind in kinds_of(row):
-            if row.launch in ("split", "outputs") or row.few:
+            if row.launch == "split" or row.few:
                 continue
             name = f"sm{row.arch}-{row.launch}-{kind}-{row.size}"
             yield pytest.param(row, kind, True, id=name, marks=pytest.mark.slow)
@@ -338,6 +338,8 @@ def test_gpu(family, K, V, record_property):
     case, x, cu_seqlens = gpu_inputs(family, (1, 63, 700, 64, 65, 4096, 2), dtype, K, V)
     truth = naive_packed(case, x, cu_seqlens, torch.float64)
     scans = decay_fused.plan_scans(x.q, x.v, KIND[family], few=False)
+    if scans is None:
+        return pytest.skip("no pass holds so many rows on this architecture")
     packing = decay_fused.pack_scans(scans, [*pairwise(cu_seqlens.tolist())], x.q.device)
     assert packing.joints > 8, "long sequences are cut"
     got, again = run_packed(x, cu_seqlens), run_packed(x, cu_seqlens)

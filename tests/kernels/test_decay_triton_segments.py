@@ -21,13 +21,15 @@ from test_decay_triton_values import check, value_case  # noqa: E402
 
 from fla_compile.kernels import decay_segments, decay_triton_common  # noqa: E402
 from fla_compile.kernels.decay_configs import KINDS, TABLE, Config  # noqa: E402
+from fla_compile.kernels.decay_plan import plan_scans  # noqa: E402
 
 SMALL = Config(16, 16, 16, 4, 1, 0)
 STEPS = 72
 
 
 def segments_of(case, x, config=None):
-    return decay_triton_common.plan_launch(x.q, x.v, KIND[case.family], config, forward=config is None).segments
+    scans = None if config else plan_scans(x.q, x.v, KIND[case.family], forward=True)
+    return (scans or decay_triton_common.plan_launch(x.q, x.v, KIND[case.family], config)).segments
 
 
 def interpret() -> None:
@@ -69,21 +71,43 @@ def chained() -> None:
     want = 1e-30 * torch.tensor(100.0, dtype=torch.float64).exp()
     assert ((st.double() - want).abs() < 1e-5 * want).all()
     print("ok chained")
-    for segments, reverse in ((1, False), (4, True), (6, False), (7, True)):  # four are read at once
-        u, gt = torch.randn(2, segments, 3, 4, 2), -torch.rand(2, segments, 3)
-        state, want = torch.zeros(2, 3, 4, 2), torch.empty_like(u)
-        for i in sorted(range(segments), reverse=reverse):
-            want[:, i] = state
-            state = state * gt[:, i].exp()[..., None, None] + u[:, i]
-        last = torch.empty_like(state)
-        decay_segments.chain_segments(u, gt, None, last, 1, reverse=reverse, s_in=1.0, s_st=1.0)
-        torch.testing.assert_close(u, want)
-        torch.testing.assert_close(last, state)
-    print("ok chained in fours")
+    for (segments, reverse), (decay, gate) in product(((1, False), (4, True), (6, False), (7, True)), KINDS_OF_CHAIN):
+        case = dict(decay=decay, gate=gate, reverse=reverse)
+        chain_and_joints(segments, **case)
+        print("ok chained in fours", segments, case)
+
+
+# What `chain_segments` is told of a decay, and whether one over values is beside it.
+KINDS_OF_CHAIN = (0, False), (2, False), (3, False), (3, True)
+
+
+def chain_and_joints(n, decay, gate, reverse):
+    """Four segments are read at once: fewer, as many, and more, from states and to them, the second from its joints."""
+    H, K, V = 2, 5, 3
+    u, s0, last = torch.randn(2, n, H, K, V), torch.randn(2, H, K, V), torch.empty(2, H, K, V)
+    g = -torch.rand(2, n, H, *[K] * (decay == 3))
+    gv = -torch.rand(2, n, H, V) if gate else None
+    factors = torch.ones(2, n, H, 1, 1)
+    if decay == 3:
+        factors = torch.exp2(g[..., None] + (0.0 if gv is None else gv[..., None, :]))
+    elif decay:
+        factors = g.exp()[..., None, None]
+    state, before, after = s0 * 0.5, torch.empty_like(u), torch.empty_like(u)
+    for i in sorted(range(n), reverse=reverse):
+        before[:, i] = state
+        state = after[:, i] = state * factors[:, i] + u[:, i]
+    got, joints = u.clone(), u.flatten(0, 1)
+    decay_segments.chain_segments(got, g, s0, last, decay, reverse=reverse, s_in=0.5, s_st=2.0, gv=gv)
+    torch.testing.assert_close(got, before)
+    torch.testing.assert_close(last, state * 2.0)
+    rows = torch.tensor([[0, n, 0, 0, 0, 0, 0, 0], [n, n, 1, 0, 0, 0, 0, 0]], dtype=torch.int32)
+    rest = None if gv is None else gv.flatten(0, 1)
+    decay_segments.chain_joints(joints, g.flatten(0, 1), s0, rows, decay, reverse=reverse, s_in=0.5, gv=rest)
+    torch.testing.assert_close(joints, after.flatten(0, 1))
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 9
+    assert interpreted(__file__) == 8 + 4 * len(KINDS_OF_CHAIN)
 
 
 def test_rule():
@@ -98,13 +122,6 @@ def test_rule():
     assert segments(1, 4032, 4, 256) == 1
     assert segments(8, 2048, 32, 256) == 1
     assert segments(1, 2048, 4, 64, torch.float32) > 1
-
-
-@pytest.mark.parametrize(("B", "T", "H", "chunk"), [(1, 2048, 4, 64), (1, 8192, 4, 128), (8, 256, 32, 128)])
-def test_larger_tiles_where_they_fill_the_device(B, T, H, chunk):
-    q = torch.empty(B, T, H, 256, dtype=torch.bfloat16, device="meta")
-    assert decay_triton_common.plan_launch(q, q, "scalar", None, forward=True).config.chunk == chunk
-    assert decay_triton_common.plan_launch(q, q, "scalar", None).config.chunk == 64
 
 
 SPLIT = [row for row in TABLE if (row.launch, row.nbytes, row.size) == ("split", 2, 128)]
