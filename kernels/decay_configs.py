@@ -10,10 +10,9 @@ makes dv and the output of heads that no pass holds, and `tall` dq, dk and the d
 values at a time. Where there are a `kept` and a `walk`, and a pass for the output, dv is a pass whatever its chunks;
 the first leaves states of all values, from which the second makes the other gradients, block_v keys and twice block_k
 values a program. Head size classes bound the larger of K and V, or the rows of the state, or for the last three the
-values. Rows of `few` have narrower tiles, for where programs of these still have a multiprocessor each, or no column is
-left over; an empty one says that there is no pass where programs would fill no more than half of a device. Where there
-are no rows for a pass (sm_80 has them for states of up to 128 rows, sm_90 of up to 256), the split launch runs, but not
-under a gate a key.
+values. Rows of `few` have narrower tiles, for where programs of these still have a multiprocessor each; an empty one
+says that there is no pass where programs of half the columns would. Where there are no rows for a pass (sm_80 has them
+for states of up to 128 rows, sm_90 of up to 256), the split launch runs, but not under a gate a key.
 Narrow rows compile without spilling but where one says how much (`NOTES.md` has what other tiles measured), float32
 rows with at most 16 bytes; the tests prove it.
 """

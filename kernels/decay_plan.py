@@ -98,8 +98,8 @@ def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, lim
     launches += ["dv"] * (kind == "scalar" and wide is None and need_dg and not forward)
     B, T, H, K = q.shape
     sizes, given = (B, T, heads or H, K, v.shape[-1]), (wide, tall, walk)
-    asked = segments, runup, given, tuple(launches)
-    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, *asked, before, few)
+    choices = segments, runup, given, tuple(launches), before, few
+    return _plan(*sizes, q.dtype, q.device, kind, precision(q), limit, *choices)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,7 +150,9 @@ def _plan(
     if segments is None:
         cut = _cutting(plan, device)
         if runup is None:
-            runup = T <= RUNUP_STEPS[kind]
+            # under a constant decay gradients with more than 128 rows of a state have not run on a GPU so
+            unchecked = kind == "constant" and len(launches) > 1 and max(K, V) > 128
+            runup = T <= RUNUP_STEPS[kind] and not unchecked
         if runup:  # one program a multiprocessor, of a chunk at least, which may be the last and not whole
             whole = triton.cdiv(T, chunk) * chunk
             alone = dict(shortest=chunk, room=multiprocessors(device), resident=1)
@@ -162,26 +164,17 @@ def _plan(
 
 
 def _rows(
-    which: tuple[int, str, str, int, int, int | None],
-    states: int,
-    steps: int,
-    columns: int,
-    few: bool | None,
+    which: tuple[int, str, str, int, int, int | None], states: int, steps: int, columns: int, few: bool | None,
     room: int,
-) -> tuple[Config, ...]:
+) -> tuple[Config, ...]:  # fmt: skip
     """The table's rows for so many states and columns of each, whose chunks of so many steps run side by side: those
-    for few programs where these still have a multiprocessor each, or leave no column over, unless `few` says which."""
-
-    def programs(config: Config) -> int:
-        return states * triton.cdiv(steps, config.chunk) * triton.cdiv(columns, config.block_v)
-
+    for few programs where these still have a multiprocessor each, unless `few` says which."""
     rows, narrow = configs_for(*which), configs_for(*which, few=True)
-    if narrow == rows:
+    if narrow == rows or not rows:
         return rows
-    if few is None and narrow:
-        few = columns <= narrow[0].block_v or programs(narrow[0]) <= room
-    elif few is None:
-        few = 2 * programs(rows[0]) <= room
+    if few is None:
+        block_v = narrow[0].block_v if narrow else rows[0].block_v // 2
+        few = states * triton.cdiv(steps, rows[0].chunk) * triton.cdiv(columns, block_v) <= room
     return narrow if few else rows
 
 
@@ -218,7 +211,7 @@ def _cutting(plan: Scans, device: torch.device) -> dict[str, int]:
         shortest = max(shortest, 2 * chunk)  # states and a chain for chunks that all run at once gain less
     # so large a tile has a multiprocessor to itself
     large = (config.block_k > 128 and config.num_warps > 4 for config in (plan.wide, plan.dv, plan.tall))
-    resident = 1 if states is None and any(large) else RESIDENT
+    resident = 1 if any(large) else RESIDENT
     room = resident * multiprocessors(device)
     return dict(programs=plan.H * blocks, chunk=chunk, room=room, resident=resident, shortest=shortest)
 

@@ -338,8 +338,9 @@ def test_gpu(family, K, V, record_property):
     case, x, cu_seqlens = gpu_inputs(family, (1, 63, 700, 64, 65, 4096, 2), dtype, K, V)
     truth = naive_packed(case, x, cu_seqlens, torch.float64)
     scans = decay_fused.plan_scans(x.q, x.v, KIND[family], few=False)
-    if scans is None:
-        return pytest.skip("no pass holds so many rows on this architecture")
+    if scans is None:  # no pass holds so many rows on this architecture
+        assert decay_triton_packed.packed_forward(x.q, x.k, x.v, x.g, None, SCALE, cu_seqlens) is None
+        return
     packing = decay_fused.pack_scans(scans, [*pairwise(cu_seqlens.tolist())], x.q.device)
     assert packing.joints > 8, "long sequences are cut"
     got, again = run_packed(x, cu_seqlens), run_packed(x, cu_seqlens)
