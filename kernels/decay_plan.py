@@ -11,7 +11,8 @@ from torch import Tensor
 from fla_compile.kernels.decay_configs import LARGEST_WALK, MORE_BEFORE, Config, configs_for
 from fla_compile.kernels.decay_scan_gates import largest_range
 from fla_compile.kernels.decay_segments import Packing, pack, segment_count
-from fla_compile.kernels.decay_triton_common import device_arch, multiprocessors, precision, shared_limit
+from fla_compile.kernels.decay_triton_common import device_arch, precision, shared_limit
+from fla_compile.kernels.launch import multiprocessors
 
 __all__ = ["FEW_STEPS", "Scans", "pack_scans", "plan_scans"]
 
@@ -88,8 +89,8 @@ def plan_scans(q: Tensor, v: Tensor, kind: str, *, heads: int | None = None, lim
     `forward` plans outputs alone, which are wide passes; `need_dg`, passes that also leave the decay's gradient;
     `before`, a gate a key whose state is read before the update. `wide`, which then is dv's too, `tall` and `walk` are
     asked for in place of the table's, `tall` alone without a `walk`; `segments`, `runup` and `few`, whether the tiles
-    are the table's for few programs (of gradients with `before` they never are), in place of the rule's choice;
-    segments asked for alone have no run-up. Raises ValueError for a run-up under a gate a key.
+    are the table's for few programs, in place of the rule's choice; segments asked for alone have no run-up. Raises
+    ValueError for a run-up under a gate a key.
     """
     if runup and kind == "vector":
         raise ValueError(f"a gate a key has no run-up, got runup={runup} and kind={kind!r}")
@@ -119,10 +120,8 @@ def _plan(
             rows: tuple[Config, ...] = (asked,)
         else:
             steps = T if kind == "vector" and launch in ("chunks", "tall") else 1
-            # with `before` these tiles of gradients have not run on a GPU
-            choice = False if before and launch == "tall" else few
             which = arch, launch, kind, dtype.itemsize, size, shared
-            rows = _rows(which, B * H, steps, columns, choice, multiprocessors(device))
+            rows = _rows(which, B * H, steps, columns, few, multiprocessors(device))
         if kind != "vector":  # a pass holds all rows of a state
             rows = tuple(config for config in rows if size <= config.block_k)
         if rows:
@@ -150,9 +149,7 @@ def _plan(
     if segments is None:
         cut = _cutting(plan, device)
         if runup is None:
-            # under a constant decay gradients with more than 128 rows of a state have not run on a GPU so
-            unchecked = kind == "constant" and len(launches) > 1 and max(K, V) > 128
-            runup = T <= RUNUP_STEPS[kind] and not unchecked
+            runup = T <= RUNUP_STEPS[kind]
         if runup:  # one program a multiprocessor, of a chunk at least, which may be the last and not whole
             whole = triton.cdiv(T, chunk) * chunk
             alone = dict(shortest=chunk, room=multiprocessors(device), resident=1)

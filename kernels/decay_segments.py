@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch import Launch, layout, multiprocessors, remember
 
 __all__ = [
     "COLUMNS",
@@ -45,80 +45,114 @@ HIGHEST = tl.constexpr(254.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Numbers of a row of a table; those in use, then zeros up to 32 bytes, so that every slice begins at a multiple of 16.
 COLUMNS = tl.constexpr(8)
+# Numbers of a state that a program of the chain has where these have a multiprocessor each, and where they are more.
+CHAIN_NUMBERS = 512, 1024
 # Steps in a table are int32.
 MOST_STEPS = 2**31
 
 
 @triton.jit
 def load_segment(
-    p_u, p_gt, p_gv, i_u, is_one, o_s, m_s, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr
+    p_u, p_gt, p_gv, i_u, is_one, o_k, o_v, m_s, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr
 ):  # fmt: skip
-    """What segment i_u adds to numbers o_s of a state, and half of its decay, of columns too with p_gv, as a factor to
-    take twice: a state is not lost to one beyond float32, and one of zero stays zero. If it is none, 0 and 1."""
-    b_u = tl.load(p_u + i_u * (K * V) + o_s, mask=m_s & is_one, other=0.0)
+    """What segment i_u adds to rows o_k and columns o_v of a state, and half of its decay, of columns too with p_gv, as
+    a factor to take twice: a state is not lost to one beyond float32, and one of zero stays zero. If it is none, 0 and
+    1."""
+    b_u = tl.load(p_u + i_u * (K * V) + (o_k * V)[:, None] + o_v[None, :], mask=m_s & is_one, other=0.0)
     if DECAY == 0:
         return b_u, 1.0
     else:
         if DECAY == 3:
-            b_g = tl.load(p_gt + i_u * K + o_s // V, mask=m_s & is_one, other=0.0)
+            b_g = tl.load(p_gt + i_u * K + o_k, mask=(o_k < K) & is_one, other=0.0)[:, None]
             if p_gv is not None:
-                b_g += tl.load(p_gv + i_u * V + o_s % V, mask=m_s & is_one, other=0.0)
+                b_g += tl.load(p_gv + i_u * V + o_v, mask=(o_v < V) & is_one, other=0.0)[None, :]
         else:
             b_g = tl.load(p_gt + i_u, mask=is_one, other=0.0) * LOG2_E
         return b_u, tl.exp2(tl.where(b_g > HIGHEST, HIGHEST, b_g) * 0.5)
 
 
 @triton.jit
+def load_four(
+    p_u, p_gt, p_gv, i_n, i_first, i_step, n_u, o_k, o_v, m_s, K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr
+):  # fmt: skip
+    """`load_segment` of the i_n-th and three more."""
+    i_u = i_first + i_n * i_step
+    b_u0, b_f0 = load_segment(p_u, p_gt, p_gv, i_u, i_n < n_u, o_k, o_v, m_s, K, V, DECAY)
+    b_u1, b_f1 = load_segment(p_u, p_gt, p_gv, i_u + i_step, i_n + 1 < n_u, o_k, o_v, m_s, K, V, DECAY)
+    b_u2, b_f2 = load_segment(p_u, p_gt, p_gv, i_u + 2 * i_step, i_n + 2 < n_u, o_k, o_v, m_s, K, V, DECAY)
+    b_u3, b_f3 = load_segment(p_u, p_gt, p_gv, i_u + 3 * i_step, i_n + 3 < n_u, o_k, o_v, m_s, K, V, DECAY)
+    return b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3
+
+
+@triton.jit
+def link_four(
+    p_u, b_s, b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3, i_n, i_first, i_step, n_u, o_k, o_v, m_s,
+    K: tl.constexpr, V: tl.constexpr, AFTER: tl.constexpr,
+):  # fmt: skip
+    """The state after these, each of which gets that before it, AFTER it if so."""
+    b_1 = b_s * b_f0 * b_f0 + b_u0
+    b_2 = b_1 * b_f1 * b_f1 + b_u1
+    b_3 = b_2 * b_f2 * b_f2 + b_u2
+    b_4 = b_3 * b_f3 * b_f3 + b_u3
+    i_u = i_first + i_n * i_step
+    p_s = p_u + (o_k * V)[:, None] + o_v[None, :]
+    tl.store(p_s + i_u * (K * V), b_1 if AFTER else b_s, mask=m_s & (i_n < n_u))
+    tl.store(p_s + (i_u + i_step) * (K * V), b_2 if AFTER else b_1, mask=m_s & (i_n + 1 < n_u))
+    tl.store(p_s + (i_u + 2 * i_step) * (K * V), b_3 if AFTER else b_2, mask=m_s & (i_n + 2 < n_u))
+    tl.store(p_s + (i_u + 3 * i_step) * (K * V), b_4 if AFTER else b_3, mask=m_s & (i_n + 3 < n_u))
+    return b_4
+
+
+@triton.jit
 def chain_states(
-    p_u, p_gt, p_gv, b_s, i_first, i_step, n_u, o_s, m_s,
+    p_u, p_gt, p_gv, b_s, i_first, i_step, n_u, o_k, o_v, m_s,
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """The state after n_u segments, numbered i_first and on by i_step; each gets that before it, AFTER it if so, in
-    the place of what it adds. Four are read at once, since a segment's numbers take longer to come than to use."""
-    for i_n in range(0, n_u, 4):
-        i_0 = i_first + i_n * i_step
-        i_1, i_2, i_3 = i_0 + i_step, i_0 + 2 * i_step, i_0 + 3 * i_step
-        m_1, m_2, m_3 = i_n + 1 < n_u, i_n + 2 < n_u, i_n + 3 < n_u
-        b_u0, b_f0 = load_segment(p_u, p_gt, p_gv, i_0, True, o_s, m_s, K, V, DECAY)
-        b_u1, b_f1 = load_segment(p_u, p_gt, p_gv, i_1, m_1, o_s, m_s, K, V, DECAY)
-        b_u2, b_f2 = load_segment(p_u, p_gt, p_gv, i_2, m_2, o_s, m_s, K, V, DECAY)
-        b_u3, b_f3 = load_segment(p_u, p_gt, p_gv, i_3, m_3, o_s, m_s, K, V, DECAY)
-        b_1 = b_s * b_f0 * b_f0 + b_u0
-        b_2 = b_1 * b_f1 * b_f1 + b_u1
-        b_3 = b_2 * b_f2 * b_f2 + b_u2
-        b_4 = b_3 * b_f3 * b_f3 + b_u3
-        p_s = p_u + o_s
-        tl.store(p_s + i_0 * (K * V), b_1 if AFTER else b_s, mask=m_s)
-        tl.store(p_s + i_1 * (K * V), b_2 if AFTER else b_1, mask=m_s & m_1)
-        tl.store(p_s + i_2 * (K * V), b_3 if AFTER else b_2, mask=m_s & m_2)
-        tl.store(p_s + i_3 * (K * V), b_4 if AFTER else b_3, mask=m_s & m_3)
-        b_s = b_4
+    the place of what it adds. Eight are read at once, since a segment's numbers take longer to come than to use."""
+    for i_n in range(0, n_u, 8):
+        b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3 = load_four(
+            p_u, p_gt, p_gv, i_n, i_first, i_step, n_u, o_k, o_v, m_s, K, V, DECAY
+        )
+        b_v0, b_v1, b_v2, b_v3, b_e0, b_e1, b_e2, b_e3 = load_four(
+            p_u, p_gt, p_gv, i_n + 4, i_first, i_step, n_u, o_k, o_v, m_s, K, V, DECAY
+        )
+        b_s = link_four(
+            p_u, b_s, b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3, i_n, i_first, i_step, n_u, o_k, o_v, m_s,
+            K, V, AFTER,
+        )  # fmt: skip
+        b_s = link_four(
+            p_u, b_s, b_v0, b_v1, b_v2, b_v3, b_e0, b_e1, b_e2, b_e3, i_n + 4, i_first, i_step, n_u, o_k, o_v, m_s,
+            K, V, AFTER,
+        )  # fmt: skip
     return b_s
 
 
 @triton.jit(do_not_specialize=["H", "n_s"])
 def chain_segments_kernel(
     p_u, p_gt, p_gv, p_s0, p_st, s_in, s_st, H, n_s,
-    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     """p_u [B, segments, H, K, V] holds what each segment adds, and gets the state before it; one program for
     each (b, h) and block of the state. p_gt: the segments' log decays [B, segments, H], or, in base 2, [.., K], then
     perhaps with p_gv [.., V]."""
-    NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
+    NB: tl.constexpr = tl.cdiv(K, BK)
     i_p = tl.program_id(0)
     i_bh = i_p // NB
     i_h = i_bh % H
     i_b = i_bh // H
-    o_s = (i_p % NB) * BLOCK + tl.arange(0, BLOCK)
-    m_s = o_s < K * V
-    b_s = tl.zeros((BLOCK,), tl.float32)
+    o_k = (i_p % NB) * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_s = (o_k * V)[:, None] + o_v[None, :]
+    b_s = tl.zeros((BK, BV), tl.float32)
     if HAS_S0:
         b_s += tl.load(p_s0 + i_bh.to(tl.int64) * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
     i_first, i_step = (i_b * n_s).to(tl.int64) * H + i_h, H
     if REVERSE:
         i_first, i_step = i_first + (n_s - 1) * H, -H
-    b_s = chain_states(p_u, p_gt, p_gv, b_s, i_first, i_step, n_s, o_s, m_s, K, V, DECAY, False)
+    b_s = chain_states(p_u, p_gt, p_gv, b_s, i_first, i_step, n_s, o_k, o_v, m_s, K, V, DECAY, False)
     if FINAL:
         tl.store(p_st + i_bh.to(tl.int64) * (K * V) + o_s, b_s * s_st, mask=m_s)
 
@@ -126,28 +160,30 @@ def chain_segments_kernel(
 @triton.jit(do_not_specialize=["H"])
 def chain_joints_kernel(
     p_u, p_gt, p_gv, p_s0, p_table, s_in, H,
-    K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, HAS_S0: tl.constexpr,
 ):  # fmt: skip
     """p_u [joints, H, K, V] holds what the segment on one side of a joint adds, and gets the state there; one program
     for each row of the table (first joint, number of joints, sequence), head and block of the state. p_gt: those
     segments' log decays [joints, H], or, in base 2, [joints, H, K], then perhaps with p_gv [joints, H, V]."""
-    NB: tl.constexpr = tl.cdiv(K * V, BLOCK)
+    NB: tl.constexpr = tl.cdiv(K, BK)
     i_p = tl.program_id(0)
     i_h = (i_p // NB) % H
     p_row = p_table + (i_p // NB // H) * COLUMNS
     i_first = tl.load(p_row)
     n_u = tl.load(p_row + 1)
-    o_s = (i_p % NB) * BLOCK + tl.arange(0, BLOCK)
-    m_s = o_s < K * V
-    b_s = tl.zeros((BLOCK,), tl.float32)
+    o_k = (i_p % NB) * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, BV)
+    m_s = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_s = (o_k * V)[:, None] + o_v[None, :]
+    b_s = tl.zeros((BK, BV), tl.float32)
     if HAS_S0:
         i_s = tl.load(p_row + 2).to(tl.int64) * H + i_h
         b_s += tl.load(p_s0 + i_s * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
     i_first, i_step = i_first.to(tl.int64) * H + i_h, H
     if REVERSE:
         i_first, i_step = i_first + (n_u - 1) * H, -H
-    chain_states(p_u, p_gt, p_gv, b_s, i_first, i_step, n_u, o_s, m_s, K, V, DECAY, True)
+    chain_states(p_u, p_gt, p_gv, b_s, i_first, i_step, n_u, o_k, o_v, m_s, K, V, DECAY, True)
 
 
 @triton.jit
@@ -197,6 +233,15 @@ def chunk_of(
 _launches: dict[tuple[Any, ...], Launch] = {}
 
 
+def chain_tile(states: int, K: int, V: int, room: int) -> tuple[int, int]:
+    """Rows and columns, all of them, of a state that a program of the chain of so many states has, on a device with
+    room for so many programs."""
+    few, many = CHAIN_NUMBERS
+    block_v = triton.next_power_of_2(V)
+    rows = max(1, (few if states * K * block_v <= few * room else many) // block_v)
+    return min(triton.next_power_of_2(K), rows), block_v
+
+
 def chain_segments(
     u: Tensor, gt: Tensor, s0: Tensor | None, st: Tensor | None, decay: int, *, reverse: bool, s_in: float, s_st: float,
     gv: Tensor | None = None,
@@ -208,9 +253,9 @@ def chain_segments(
     launch = _launches.get(key)
     if launch is None:
         B, segments, H, K, V = u.shape
-        block = min(1024, triton.next_power_of_2(K * V))
-        numbers = H, segments, K, V, block, decay, reverse, s0 is not None, st is not None
-        launch = Launch(chain_segments_kernel, u.device, (B * H * triton.cdiv(K * V, block),), numbers, num_warps=4)
+        block_k, block_v = chain_tile(B * H, K, V, multiprocessors(u.device))
+        numbers = H, segments, K, V, block_k, block_v, decay, reverse, s0 is not None, st is not None
+        launch = Launch(chain_segments_kernel, u.device, (B * H * ceil_div(K, block_k),), numbers, num_warps=4)
         remember(_launches, key, launch)
     launch(u, gt, gv, s0, st, float(s_in), float(s_st))
 
@@ -225,9 +270,9 @@ def chain_joints(
     key = ("joints", decay, reverse, u.device, H, K, V, layout(s0), rows.shape, gv is None)
     launch = _launches.get(key)
     if launch is None:
-        block = min(1024, triton.next_power_of_2(K * V))
-        numbers = H, K, V, block, decay, reverse, s0 is not None
-        grid = (rows.shape[0] * H * ceil_div(K * V, block),)
+        block_k, block_v = chain_tile(rows.shape[0] * H, K, V, multiprocessors(u.device))
+        numbers = H, K, V, block_k, block_v, decay, reverse, s0 is not None
+        grid = (rows.shape[0] * H * ceil_div(K, block_k),)
         launch = Launch(chain_joints_kernel, u.device, grid, numbers, num_warps=4)
         remember(_launches, key, launch)
     launch(u, gt, gv, s0, rows, float(s_in))

@@ -36,8 +36,8 @@ from fla_compile.kernels.decay_segments import (
     pack,
     segment_count,
 )
-from fla_compile.kernels.decay_triton_common import KINDS, device_arch, multiprocessors
-from fla_compile.kernels.launch import Launch, compiled_together, contiguous, layout, remember
+from fla_compile.kernels.decay_triton_common import KINDS, device_arch
+from fla_compile.kernels.launch import Launch, compiled_together, contiguous, layout, multiprocessors, remember
 from fla_compile.kernels.packed import sequence_bounds
 
 __all__ = ["STEP_OPTIONS", "chunk_backward", "chunk_forward", "largest_range", "packed_backward", "packed_forward"]

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from fla_compile.kernels.decay_configs import Config, configs_for
 from fla_compile.kernels.decay_segments import LOG2_E, chain_segments, segment_count
-from fla_compile.kernels.launch import Launch, remember
+from fla_compile.kernels.launch import Launch, multiprocessors, remember
 
 NO_DECAY = tl.constexpr(0)
 CONSTANT_DECAY = tl.constexpr(1)
@@ -318,10 +318,6 @@ def shared_limit(device: torch.device) -> int | None:
         return None
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}

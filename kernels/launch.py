@@ -34,6 +34,7 @@ __all__ = [
     "compiled_together",
     "contiguous",
     "layout",
+    "multiprocessors",
     "remember",
     "this_thread",
 ]
@@ -49,6 +50,12 @@ Arguments = ParamSpec("Arguments")
 def layout(x: Tensor | None) -> tuple[Any, ...] | None:
     """All that a launch depends on but the operand's values and place in memory."""
     return None if x is None else (x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0)
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Those of a GPU; of an H100, where the interpreter stands in for a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -9,7 +9,6 @@ partial sums in float32, which a second kernel adds up, so that the result is th
 takes the rows r with r % G = h, which share the weight h. The formulas are in `norm_gate_plain`.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fla_compile.kernels.launch import Launch, layout, remember
+from fla_compile.kernels.launch import Launch, layout, multiprocessors, remember
 from fla_compile.kernels.norm_gate_configs import Config, config_for
 from fla_compile.kernels.norm_gate_forms import Form
 
@@ -172,11 +171,6 @@ def as_rows(x: Tensor, width: int) -> tuple[Tensor, int, int, int]:
     if len(axes) < 2:
         return x, 1, axes[0][1] if axes else width, width
     return x, axes[1][0], axes[0][1], axes[1][1]
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _Plan(NamedTuple):

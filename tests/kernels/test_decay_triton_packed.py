@@ -296,7 +296,7 @@ def joints_of(row, kind):
     for kernel, constants in passes_of(row, kind, packed=True) if kind != "vector" else ():
         absent = dict.fromkeys(("p_x", "p_y", "p_s0", "p_u"))
         yield kernel, constants | absent | dict(OUTPUT=False, HAS_S0=False)
-    sizes = dict(K=row.size, V=row.size, BLOCK=1024, DECAY=decay_triton_common.KINDS[kind])
+    sizes = dict(K=row.size, V=row.size, BK=1024 // row.size, BV=row.size, DECAY=decay_triton_common.KINDS[kind])
     for absent in ({"p_gv": None}, *([{}] if kind == "vector" else [])):  # a gate over values beside it
         for reverse in (False, True):
             yield decay_segments.chain_joints_kernel, dict(sizes, REVERSE=reverse, HAS_S0=True, **absent)

@@ -71,10 +71,10 @@ def chained() -> None:
     want = 1e-30 * torch.tensor(100.0, dtype=torch.float64).exp()
     assert ((st.double() - want).abs() < 1e-5 * want).all()
     print("ok chained")
-    for (segments, reverse), (decay, gate) in product(((1, False), (4, True), (6, False), (7, True)), KINDS_OF_CHAIN):
+    for (segments, reverse), (decay, gate) in product(((1, False), (8, True), (12, False), (19, True)), KINDS_OF_CHAIN):
         case = dict(decay=decay, gate=gate, reverse=reverse)
         chain_and_joints(segments, **case)
-        print("ok chained in fours", segments, case)
+        print("ok chained in eights", segments, case)
 
 
 # What `chain_segments` is told of a decay, and whether one over values is beside it.
@@ -82,7 +82,7 @@ KINDS_OF_CHAIN = (0, False), (2, False), (3, False), (3, True)
 
 
 def chain_and_joints(n, decay, gate, reverse):
-    """Four segments are read at once: fewer, as many, and more, from states and to them, the second from its joints."""
+    """Eight segments are read at once: fewer, as many, and more, from states and to them, the second by its joints."""
     H, K, V = 2, 5, 3
     u, s0, last = torch.randn(2, n, H, K, V), torch.randn(2, H, K, V), torch.empty(2, H, K, V)
     g = -torch.rand(2, n, H, *[K] * (decay == 3))
@@ -124,6 +124,13 @@ def test_rule():
     assert segments(1, 2048, 4, 64, torch.float32) > 1
 
 
+def test_chain_tiles():
+    """Whole rows, of 512 numbers a program where these have a multiprocessor each, else of 1,024."""
+    sizes = (4, 128, 128), (5, 128, 128), (1, 5, 3), (1, 64, 512), (2, 256, 400)
+    tiles = [decay_segments.chain_tile(*each, room=132) for each in sizes]
+    assert tiles == [(4, 128), (8, 128), (8, 4), (1, 512), (2, 512)]
+
+
 SPLIT = [row for row in TABLE if (row.launch, row.nbytes, row.size) == ("split", 2, 128)]
 
 
@@ -133,8 +140,8 @@ def test_compiles(row):
     kinds = [kind for kind, family in KINDS.items() if family == row.family]
     states = dict(HAS_S0=True, FINAL=True), dict(HAS_S0=False, FINAL=False, p_s0=None, p_st=None)
     gates = [{"p_gv": None}, {}] if row.family == "key" else [{"p_gv": None}]
-    for kind, reverse, ends, gate in product(kinds, (False, True), states, gates):
-        constants = dict(K=128, V=128, BLOCK=1024, DECAY=decay_triton_common.KINDS[kind], REVERSE=reverse)
+    for kind, reverse, ends, gate, rows in product(kinds, (False, True), states, gates, (4, 8)):
+        constants = dict(K=128, V=128, BK=rows, BV=128, DECAY=decay_triton_common.KINDS[kind], REVERSE=reverse)
         kernel = decay_segments.chain_segments_kernel
         check_memory(compile_kernel(kernel, constants | ends | gate, row, kind, "ieee"))
 

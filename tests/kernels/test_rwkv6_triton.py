@@ -211,12 +211,12 @@ def on_gpu(x):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("K", "V"), [(40, 72), (64, 64), (128, 128), (256, 128)])
+@pytest.mark.parametrize(("K", "V"), [(40, 72), (64, 64), (128, 128), (256, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gpu(dtype, K, V):
     decays = "zero", "weak", "strong", "very_strong", "resets"
     cases = [Case("rwkv6", 130, decay, B=1, H=2, K=K, V=V) for decay in decays]
-    cases += [Case("rwkv6", T, "weak", B=2, H=3, K=K, V=V) for T in (17, 64, 65)]
+    cases += [Case("rwkv6", T, "weak", B=2, H=3, K=K, V=V) for T in (17, 64, 65, 330)]  # few programs, and many
     cases += [Case("rwkv6_no_bonus", 130, "weak", B=1, H=2, K=K, V=V)]
     if dtype == torch.bfloat16:
         cases += [Case("rwkv6", 130, decay, B=1, H=2, K=K, V=V) for decay in GROWING]
