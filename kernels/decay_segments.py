@@ -77,23 +77,22 @@ def load_four(
 ):  # fmt: skip
     """`load_segment` of the i_n-th and three more."""
     i_u = i_first + i_n * i_step
-    b_u0, b_f0 = load_segment(p_u, p_gt, p_gv, i_u, i_n < n_u, o_k, o_v, m_s, K, V, DECAY)
-    b_u1, b_f1 = load_segment(p_u, p_gt, p_gv, i_u + i_step, i_n + 1 < n_u, o_k, o_v, m_s, K, V, DECAY)
-    b_u2, b_f2 = load_segment(p_u, p_gt, p_gv, i_u + 2 * i_step, i_n + 2 < n_u, o_k, o_v, m_s, K, V, DECAY)
-    b_u3, b_f3 = load_segment(p_u, p_gt, p_gv, i_u + 3 * i_step, i_n + 3 < n_u, o_k, o_v, m_s, K, V, DECAY)
-    return b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3
+    one = load_segment(p_u, p_gt, p_gv, i_u, i_n < n_u, o_k, o_v, m_s, K, V, DECAY)
+    two = load_segment(p_u, p_gt, p_gv, i_u + i_step, i_n + 1 < n_u, o_k, o_v, m_s, K, V, DECAY)
+    three = load_segment(p_u, p_gt, p_gv, i_u + 2 * i_step, i_n + 2 < n_u, o_k, o_v, m_s, K, V, DECAY)
+    four = load_segment(p_u, p_gt, p_gv, i_u + 3 * i_step, i_n + 3 < n_u, o_k, o_v, m_s, K, V, DECAY)
+    return one, two, three, four
 
 
 @triton.jit
 def link_four(
-    p_u, b_s, b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3, i_n, i_first, i_step, n_u, o_k, o_v, m_s,
-    K: tl.constexpr, V: tl.constexpr, AFTER: tl.constexpr,
+    p_u, b_s, four, i_n, i_first, i_step, n_u, o_k, o_v, m_s, K: tl.constexpr, V: tl.constexpr, AFTER: tl.constexpr
 ):  # fmt: skip
-    """The state after these, each of which gets that before it, AFTER it if so."""
-    b_1 = b_s * b_f0 * b_f0 + b_u0
-    b_2 = b_1 * b_f1 * b_f1 + b_u1
-    b_3 = b_2 * b_f2 * b_f2 + b_u2
-    b_4 = b_3 * b_f3 * b_f3 + b_u3
+    """The state after `four` of `load_four`; the place of what each adds gets the state before it, or AFTER it."""
+    b_1 = b_s * four[0][1] * four[0][1] + four[0][0]
+    b_2 = b_1 * four[1][1] * four[1][1] + four[1][0]
+    b_3 = b_2 * four[2][1] * four[2][1] + four[2][0]
+    b_4 = b_3 * four[3][1] * four[3][1] + four[3][0]
     i_u = i_first + i_n * i_step
     p_s = p_u + (o_k * V)[:, None] + o_v[None, :]
     tl.store(p_s + i_u * (K * V), b_1 if AFTER else b_s, mask=m_s & (i_n < n_u))
@@ -108,23 +107,13 @@ def chain_states(
     p_u, p_gt, p_gv, b_s, i_first, i_step, n_u, o_k, o_v, m_s,
     K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
-    """The state after n_u segments, numbered i_first and on by i_step; each gets that before it, AFTER it if so, in
-    the place of what it adds. Eight are read at once, since a segment's numbers take longer to come than to use."""
+    """The state after n_u segments, numbered i_first and on by i_step; the place of what each adds gets the state
+    before it, or AFTER it. Eight are read at once, since their numbers take longer to come than to use."""
     for i_n in range(0, n_u, 8):
-        b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3 = load_four(
-            p_u, p_gt, p_gv, i_n, i_first, i_step, n_u, o_k, o_v, m_s, K, V, DECAY
-        )
-        b_v0, b_v1, b_v2, b_v3, b_e0, b_e1, b_e2, b_e3 = load_four(
-            p_u, p_gt, p_gv, i_n + 4, i_first, i_step, n_u, o_k, o_v, m_s, K, V, DECAY
-        )
-        b_s = link_four(
-            p_u, b_s, b_u0, b_u1, b_u2, b_u3, b_f0, b_f1, b_f2, b_f3, i_n, i_first, i_step, n_u, o_k, o_v, m_s,
-            K, V, AFTER,
-        )  # fmt: skip
-        b_s = link_four(
-            p_u, b_s, b_v0, b_v1, b_v2, b_v3, b_e0, b_e1, b_e2, b_e3, i_n + 4, i_first, i_step, n_u, o_k, o_v, m_s,
-            K, V, AFTER,
-        )  # fmt: skip
+        first = load_four(p_u, p_gt, p_gv, i_n, i_first, i_step, n_u, o_k, o_v, m_s, K, V, DECAY)
+        second = load_four(p_u, p_gt, p_gv, i_n + 4, i_first, i_step, n_u, o_k, o_v, m_s, K, V, DECAY)
+        b_s = link_four(p_u, b_s, first, i_n, i_first, i_step, n_u, o_k, o_v, m_s, K, V, AFTER)
+        b_s = link_four(p_u, b_s, second, i_n + 4, i_first, i_step, n_u, o_k, o_v, m_s, K, V, AFTER)
     return b_s
 
 
@@ -148,7 +137,7 @@ def chain_segments_kernel(
     o_s = (o_k * V)[:, None] + o_v[None, :]
     b_s = tl.zeros((BK, BV), tl.float32)
     if HAS_S0:
-        b_s += tl.load(p_s0 + i_bh.to(tl.int64) * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
+        b_s += tl.load(p_s0 + i_bh.to(tl.int64) * (K * V) + o_s, mask=m_s, other=0.0) * s_in
     i_first, i_step = (i_b * n_s).to(tl.int64) * H + i_h, H
     if REVERSE:
         i_first, i_step = i_first + (n_s - 1) * H, -H
@@ -179,7 +168,7 @@ def chain_joints_kernel(
     b_s = tl.zeros((BK, BV), tl.float32)
     if HAS_S0:
         i_s = tl.load(p_row + 2).to(tl.int64) * H + i_h
-        b_s += tl.load(p_s0 + i_s * (K * V) + o_s, mask=m_s, other=0.0).to(tl.float32) * s_in
+        b_s += tl.load(p_s0 + i_s * (K * V) + o_s, mask=m_s, other=0.0) * s_in
     i_first, i_step = i_first.to(tl.int64) * H + i_h, H
     if REVERSE:
         i_first, i_step = i_first + (n_u - 1) * H, -H
@@ -242,6 +231,11 @@ def chain_tile(states: int, K: int, V: int, room: int) -> tuple[int, int]:
     return min(triton.next_power_of_2(K), rows), block_v
 
 
+def widened(s0: Tensor | None) -> Tensor | None:
+    """In float32, as u: threads would read other numbers of a narrower state, and of u, which is overwritten, too."""
+    return s0 if s0 is None or s0.dtype == torch.float32 else s0.float()
+
+
 def chain_segments(
     u: Tensor, gt: Tensor, s0: Tensor | None, st: Tensor | None, decay: int, *, reverse: bool, s_in: float, s_st: float,
     gv: Tensor | None = None,
@@ -249,6 +243,7 @@ def chain_segments(
     """What each segment adds, u [B, segments, H, K, V], becomes the state before it, from s0 [B, H, K, V] times `s_in`;
     the last one, times `s_st`, goes to st [B, H, K, V]. gt and gv as `chain_segments_kernel`
     has them."""
+    s0 = widened(s0)
     key = (decay, reverse, layout(u), layout(s0), layout(st), gv is None)
     launch = _launches.get(key)
     if launch is None:
@@ -267,6 +262,7 @@ def chain_joints(
     """What the segment on one side of each joint adds, u [joints, H, K, V], becomes the state there, from s0 [N, H, K,
     V] times `s_in`. rows, gt and gv as `chain_joints_kernel` has them."""
     _, H, K, V = u.shape
+    s0 = widened(s0)
     key = ("joints", decay, reverse, u.device, H, K, V, layout(s0), rows.shape, gv is None)
     launch = _launches.get(key)
     if launch is None:

@@ -287,25 +287,25 @@ def test_interpreted_thoroughly():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", GROUPED, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gpu(family):
+def test_gpu(family, heads):
     """The operators on few steps, in segments, with heads for the split launch, and packed."""
     dtype = torch.bfloat16
-    for heads in GROUPED:
-        for T, K, V in ((5, 64, 64), (200, 64, 64), (200, 48, 96), (200, 256, 64)):
-            case, x = shared_inputs(family, heads, dtype, T=T, K=K, V=V, B=1)
-            for lengths in ((T,), (3, T - 70, 67)) if T > 100 else ((T,),):
-                states = torch.randn(2, len(lengths), *x.h0.shape[1:])
-                y = on_gpu(dataclasses.replace(x, h0=states[0], dht=states[1]))
-                cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-                truth = naive_packed(case, y, cu_seqlens, torch.float64)
-                every = dataclasses.replace(one_for_each(y, case.H), dht=decay_heads.at_first_alike(y.dht, case.H))
-                eager = summed(y, narrow_packed(case, every, cu_seqlens, dtype))
-                eager["final_state"] = decay_heads.first_alike(eager["final_state"], y.h0.shape[1])
-                eager["dh0"] = decay_heads.sum_heads(eager["dh0"], 1, y.h0.shape[1])
-                one_batch = {"cu_seqlens": cu_seqlens} if len(lengths) > 1 else {}
-                got = results(partial(getattr(ops, family), **one_batch), case, y, dtype)
-                check_results(case, y, got, dtype, truth, eager)
+    for T, K, V in ((5, 64, 64), (200, 64, 64), (200, 48, 96), (200, 256, 64)):
+        case, x = shared_inputs(family, heads, dtype, T=T, K=K, V=V, B=1)
+        for lengths in ((T,), (3, T - 70, 67)) if T > 100 else ((T,),):
+            states = torch.randn(2, len(lengths), *x.h0.shape[1:])
+            y = on_gpu(dataclasses.replace(x, h0=states[0], dht=states[1]))
+            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+            truth = naive_packed(case, y, cu_seqlens, torch.float64)
+            every = dataclasses.replace(one_for_each(y, case.H), dht=decay_heads.at_first_alike(y.dht, case.H))
+            eager = summed(y, narrow_packed(case, every, cu_seqlens, dtype))
+            eager["final_state"] = decay_heads.first_alike(eager["final_state"], y.h0.shape[1])
+            eager["dh0"] = decay_heads.sum_heads(eager["dh0"], 1, y.h0.shape[1])
+            one_batch = {"cu_seqlens": cu_seqlens} if len(lengths) > 1 else {}
+            got = results(partial(getattr(ops, family), **one_batch), case, y, dtype)
+            check_results(case, y, got, dtype, truth, eager)
 
 
 @pytest.mark.gpu

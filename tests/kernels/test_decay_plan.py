@@ -81,3 +81,13 @@ def test_one_large_tile_a_multiprocessor():
     assert large.segments == 132 // 8 and small.segments == 2 * 132 // 8
     tall = planned(1, 65_536, 4, 128, 256, "none", few=False)
     assert (tall.wide.num_warps, tall.tall.num_warps, tall.segments) == (4, 8, 132 // 4)
+
+
+@pytest.mark.parametrize("kind", ["none", "constant", "scalar"])
+def test_run_ups(kind):
+    """Forward and backward, of short sequences and whatever rows."""
+    for K, V in ((256, 256), (256, 64), (64, 256), (200, 136), (64, 64)):
+        for how in (dict(forward=True), {}):
+            assert planned(1, 256, 4, K, V, kind, **how).runup
+            assert not planned(1, 1025, 4, K, V, kind, **how).runup
+    assert planned(1, 256, 4, 256, 64, kind, need_dg=True).runup

@@ -71,12 +71,17 @@ def chained() -> None:
     want = 1e-30 * torch.tensor(100.0, dtype=torch.float64).exp()
     assert ((st.double() - want).abs() < 1e-5 * want).all()
     print("ok chained")
-    for (segments, reverse), (decay, gate) in product(((1, False), (8, True), (12, False), (19, True)), KINDS_OF_CHAIN):
-        case = dict(decay=decay, gate=gate, reverse=reverse)
-        chain_and_joints(segments, **case)
-        print("ok chained in eights", segments, case)
+    for numbers in (decay_segments.CHAIN_NUMBERS, (8, 8)):  # a program a state, and two rows a program, of five
+        decay_segments.CHAIN_NUMBERS = numbers
+        decay_segments._launches.clear()
+        for (segments, reverse), (decay, gate) in product(CHAINS, KINDS_OF_CHAIN):
+            case = dict(decay=decay, gate=gate, reverse=reverse)
+            chain_and_joints(segments, **case)
+            print("ok chained in eights", numbers, segments, case)
 
 
+# Segments, and whether from the last one back
+CHAINS = (1, False), (5, True), (8, True), (14, False), (19, True)
 # What `chain_segments` is told of a decay, and whether one over values is beside it.
 KINDS_OF_CHAIN = (0, False), (2, False), (3, False), (3, True)
 
@@ -107,7 +112,7 @@ def chain_and_joints(n, decay, gate, reverse):
 
 
 def test_interpreted():
-    assert interpreted(__file__) == 8 + 4 * len(KINDS_OF_CHAIN)
+    assert interpreted(__file__) == 8 + 2 * len(CHAINS) * len(KINDS_OF_CHAIN)
 
 
 def test_rule():
@@ -124,6 +129,18 @@ def test_rule():
     assert segments(1, 2048, 4, 64, torch.float32) > 1
 
 
+def test_narrow_states_are_widened(monkeypatch):
+    told = []
+    monkeypatch.setattr(decay_segments, "Launch", lambda *how, **options: lambda *args: told.append(args[3].dtype))
+    monkeypatch.setattr(decay_segments, "_launches", {})
+    u, gt, rows = torch.zeros(1, 3, 1, 4, 4), torch.zeros(1, 3, 1), torch.zeros(1, 8, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        s0 = torch.zeros(1, 1, 4, 4, dtype=dtype)
+        decay_segments.chain_segments(u, gt, s0, None, 2, reverse=False, s_in=1.0, s_st=1.0)
+        decay_segments.chain_joints(u[0], gt[0], s0, rows, 2, reverse=False, s_in=1.0)
+    assert told == [torch.float32] * 4
+
+
 def test_chain_tiles():
     """Whole rows, of 512 numbers a program where these have a multiprocessor each, else of 1,024."""
     sizes = (4, 128, 128), (5, 128, 128), (1, 5, 3), (1, 64, 512), (2, 256, 400)
@@ -136,14 +153,18 @@ SPLIT = [row for row in TABLE if (row.launch, row.nbytes, row.size) == ("split",
 
 @pytest.mark.parametrize("row", SPLIT, ids=lambda row: f"sm{row.arch}-{row.family}")
 def test_compiles(row):
-    """The chain of segments, from and to states or neither; the sweeps are `test_decay_triton`'s."""
+    """The chain of segments, from and to states or neither, sizes that are no powers of two and the most values too;
+    the sweeps are `test_decay_triton`'s."""
     kinds = [kind for kind, family in KINDS.items() if family == row.family]
     states = dict(HAS_S0=True, FINAL=True), dict(HAS_S0=False, FINAL=False, p_s0=None, p_st=None)
     gates = [{"p_gv": None}, {}] if row.family == "key" else [{"p_gv": None}]
-    for kind, reverse, ends, gate, rows in product(kinds, (False, True), states, gates, (4, 8)):
-        constants = dict(K=128, V=128, BK=rows, BV=128, DECAY=decay_triton_common.KINDS[kind], REVERSE=reverse)
-        kernel = decay_segments.chain_segments_kernel
-        check_memory(compile_kernel(kernel, constants | ends | gate, row, kind, "ieee"))
+    tiles = [((128, 128, rows, 128), reverse, ends) for rows, reverse, ends in product((4, 8), (False, True), states)]
+    tiles += [((40, 72, 8, 128), True, states[0]), ((256, 512, 2, 512), True, states[0])]
+    for kind, gate, (tile, reverse, ends) in product(kinds, gates, tiles):
+        sizes = dict(zip(("K", "V", "BK", "BV"), tile, strict=True))
+        constants = sizes | dict(DECAY=decay_triton_common.KINDS[kind], REVERSE=reverse)
+        compiled = compile_kernel(decay_segments.chain_segments_kernel, constants | ends | gate, row, kind, "ieee")
+        check_memory(compiled, stack=8 if row.arch == 80 and tile[1] == 72 else 0)
 
 
 @pytest.mark.gpu
