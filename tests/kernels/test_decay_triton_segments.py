@@ -6,6 +6,7 @@ as for `test_decay_triton`.
 
 from dataclasses import replace
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -72,12 +73,11 @@ def chained() -> None:
     assert ((st.double() - want).abs() < 1e-5 * want).all()
     print("ok chained")
     for numbers in (decay_segments.CHAIN_NUMBERS, (8, 8)):  # a program a state, and two rows a program, of five
-        decay_segments.CHAIN_NUMBERS = numbers
-        decay_segments._launches.clear()
-        for (segments, reverse), (decay, gate) in product(CHAINS, KINDS_OF_CHAIN):
-            case = dict(decay=decay, gate=gate, reverse=reverse)
-            chain_and_joints(segments, **case)
-            print("ok chained in eights", numbers, segments, case)
+        with patch.multiple(decay_segments, CHAIN_NUMBERS=numbers, _launches={}):
+            for (segments, reverse), (decay, gate) in product(CHAINS, KINDS_OF_CHAIN):
+                case = dict(decay=decay, gate=gate, reverse=reverse)
+                chain_and_joints(segments, **case)
+                print("ok chained in eights", numbers, segments, case)
 
 
 # Segments, and whether from the last one back
